@@ -1,0 +1,264 @@
+"""The one configuration tree: YAML in, dotted overrides on top, a frozen validated object out.
+
+Nothing else in the project reads settings from anywhere. Unknown keys are errors that name the key and the file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+PACKAGE_ROOT = Path(__file__).parent
+TINY_BASE = PACKAGE_ROOT / "tiny" / "base"
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what to do."""
+
+
+class Section(BaseModel):
+    """A frozen part of the tree that rejects unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str = "tiny"
+    """Base model: a Hugging Face id, a local directory, or ``tiny`` for the model shipped with the project."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type the weights are computed in when collecting, training and evaluating."""
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
+    """Backend for the stem-and-branches attention; ``auto`` picks by device and what is installed."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Leave off unless you have read that code."""
+
+    @property
+    def base(self) -> str:
+        """Where transformers loads the base model from."""
+        return str(TINY_BASE) if self.path == "tiny" else self.path
+
+
+class PromptsConfig(Section):
+    source: str = "tiny"
+    """``tiny`` (generated word problems), a local .json/.jsonl/.parquet file, or a Hugging Face data set id."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face data set."""
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    column: str = "question"
+    """Column that holds the prompt text."""
+    answer_column: str | None = None
+    """Column that holds the reference answer, where a grader needs one."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """Wrap prompts in the model's chat template (``auto``: where the tokenizer has one)."""
+    per_round: Positive = 1000
+    """Prompts decoded in each round."""
+    fresh: bool = True
+    """Give every round prompts of its own instead of the first round's again."""
+    held_out: Positive = 400
+    """Prompts kept aside for evaluation; never used for training."""
+    grader: Literal["none", "arithmetic", "gsm8k"] = "none"
+    """How a response is judged right or wrong."""
+
+
+class CollectConfig(Section):
+    workers: Positive = 2
+    """Ray actors that decode prompts."""
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    batch_prompts: Positive = 64
+    """Prompts one actor decodes together; also the unit of retry."""
+    batch_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """A batch that takes longer is taken from its worker and redone by another."""
+    max_attempts: Positive = 3
+    """Times a prompt that takes its worker down is tried before it is rejected."""
+    max_new_tokens: Positive = 256
+    """Longest response; a longer one is cut and marked unfinished."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """0 is greedy; above 0 keyed Gumbel noise makes the responses exact samples."""
+    responses: Literal["base", "self", "verified"] = "base"
+    """Who writes the responses the trajectories lead to (DESIGN.md, "Whose responses")."""
+    block_size: tuple[Positive, ...] = (16,)
+    """Block size n of each round; the last one serves all later rounds."""
+    forward_tokens: Positive = 8192
+    """Most tokens in one forward pass while trajectories are iterated."""
+    shard_bytes: Positive = 64 * 1024 * 1024
+    """A shard is closed when it holds about this many bytes."""
+
+    def block_size_of(self, round_number: int) -> int:
+        """Block size of round ``round_number`` (from 1)."""
+        return self.block_size[min(round_number, len(self.block_size)) - 1]
+
+
+class NoiseConfig(Section):
+    schedule: Literal["progressive", "reverse", "random", "constant"] = "progressive"
+    """How the noise ratio aimed at changes from block to block of a window."""
+    t_min: Fraction = 0.0
+    t_max: Fraction = 1.0
+    window: Annotated[int, Field(ge=0)] = 16
+    """Blocks per window; 1 is clean context, 0 is one window over the whole response."""
+    draws: Positive = 1
+    """Noisy branches drawn per window; several share one clean stream."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NoiseConfig:
+        if self.t_min > self.t_max:
+            raise ValueError(f"t_min ({self.t_min}) must not exceed t_max ({self.t_max})")
+        return self
+
+
+class ZeroConfig(Section):
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What ZeRO-3 keeps in host memory: nothing, optimizer states, or optimizer states and parameters."""
+    persistence_threshold: Annotated[int, Field(ge=0)] = 100_000
+    """Parameters with fewer elements stay whole on every rank."""
+
+
+class TrainConfig(Section):
+    workers: Positive = 2
+    """ZeRO-3 ranks."""
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    steps: Positive = 300
+    """Optimizer steps per round."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    ar_weight: Annotated[float, Field(ge=0)] = 10.0
+    """Weight of the next-token loss beside the consistency loss."""
+    micro_batch_tokens: Positive = 4096
+    """Token budget (clean and noisy) of one packed micro-batch; no sample is cut."""
+    micro_batches_per_step: Positive = 2
+    """Micro-batches of all ranks together in one optimizer step; must be a multiple of ``workers``."""
+    loss_chunk_tokens: Positive = 1024
+    """Positions whose vocabulary-sized logits exist at the same time."""
+    gradient_checkpointing: bool = False
+    checkpoint_every_steps: Positive = 100
+    keep_checkpoints: Positive = 2
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Times the group of workers is restarted from the last checkpoint after a failure."""
+    zero: ZeroConfig = ZeroConfig()
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TrainConfig:
+        if self.micro_batches_per_step % self.workers:
+            raise ValueError(
+                f"micro_batches_per_step ({self.micro_batches_per_step}) must be a multiple of workers ({self.workers})"
+            )
+        return self
+
+
+class DecodingConfig(Section):
+    block_size: Positive = 32
+    """Draft length n."""
+    blocks: Positive = 2
+    """Blocks in flight, K, of multi-block decoding."""
+    spawn_ratio: Fraction = 0.85
+    """Share r of the real-active block that must be accepted before the next block starts."""
+    pool: Annotated[int, Field(ge=0)] = 4
+    """Candidate n-grams of rejection recycling verified beside the draft; 0 turns recycling off."""
+
+
+class EvaluateConfig(Section):
+    prompts: Positive = 400
+    """Held-out prompts decoded in every mode."""
+    speed_prompts: Positive = 24
+    """Held-out prompts decoded one at a time, all modes in alternation, for tokens per second."""
+    batch_prompts: Positive = 64
+    max_new_tokens: Positive = 256
+    decoding: DecodingConfig = DecodingConfig()
+    max_accuracy_drop: Fraction = 0.02
+    """A round that loses more accuracy than this against the base model is marked as failed."""
+
+
+class TrackingConfig(Section):
+    uri: str | None = None
+    """MLflow tracking URI; default ``MLFLOW_TRACKING_URI``, else an SQLite file under ``runs_dir``."""
+    experiment: str | None = None
+    """Experiment name; default ``jacobi-forcing/<name>``."""
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    name: str = "tiny"
+    """Name of the run and of its folder under ``runs_dir``."""
+    runs_dir: Path = Path("runs")
+    store: str | None = None
+    """Trajectory store: a local path or an object-store URL; default ``<runs_dir>/<name>/store``."""
+    rounds: Positive = 3
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    collect: CollectConfig = CollectConfig()
+    noise: NoiseConfig = NoiseConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+            raise ValueError(
+                f"{value!r} must be 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+            )
+        return value
+
+    @property
+    def run_dir(self) -> Path:
+        return (self.runs_dir / self.name).absolute()
+
+    @property
+    def store_url(self) -> str:
+        return self.store or str(self.run_dir / "store")
+
+    def model_dir(self, round_number: int) -> str:
+        """Where model ``round_number`` is loaded from; model 0 is the base."""
+        return self.model.base if round_number == 0 else str(self.run_dir / "models" / f"round-{round_number:03d}")
+
+    def to_yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, put ``key.sub=value`` overrides on top and validate.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, or a value that does not fit; the message names which.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {path}; the shipped ones are in configs/")
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"override {item!r} is not of the form key.sub=value")
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        return Config.model_validate(OmegaConf.to_container(tree, resolve=True))
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {_reason(e)}" for e in error.errors()]
+        raise ConfigError(
+            "\n".join([f"{path} with {len(overrides)} override(s) is not a valid configuration:", *lines])
+        ) from None
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+
+
+def _reason(error: object) -> str:
+    assert isinstance(error, dict)
+    if error["type"] == "extra_forbidden":
+        return "unknown key (see docs/configuration.md, or `python -m jf_cluster config`)"
+    return f"{error['msg']} (got {error['input']!r})"
