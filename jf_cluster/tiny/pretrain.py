@@ -95,7 +95,7 @@ def batches(
         pool = []
         for p in itertools.islice(source, pool_size):
             prompt = encode(tokenizer, p.question)
-            response = tokenizer.encode(p.solution, add_special_tokens=False) + [tokenizer.eos_token_id]
+            response = [*tokenizer.encode(p.solution, add_special_tokens=False), tokenizer.eos_token_id]
             pool.append((prompt, response))
         pool.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         groups, group, width = [], [], 0

@@ -1,0 +1,194 @@
+"""Attention over stems and branches: interchangeable exact backends behind transformers' attention interface.
+
+``dense`` is the oracle: one masked SDPA call over everything. ``sdpa`` computes the same in two calls without the
+masked-out work, stems causally and each branch over its gathered stem prefix and itself. ``flex`` is FlexAttention
+with a block mask; ``flash`` is flash-attn's variable-length kernel, where a branch's queries meet the gathered prefix
+followed by the branch, causal with bottom-right alignment, so that no custom kernel is needed.
+
+A model is switched to this attention by ``branch_attention`` and then called with ``layout=`` a ``Forest`` or a
+``CachedRows``, ``position_ids`` and no mask.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from jf_cluster.jacobi.layout import CachedRows, Forest
+
+Backend = Literal["auto", "dense", "sdpa", "flex", "flash"]
+Tensor = torch.Tensor
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be run with stem-and-branches attention; the message says why."""
+
+
+def choose_backend(device: torch.device) -> Backend:
+    """Give the fastest backend that can run here: flash-attn, else FlexAttention on a GPU, else SDPA."""
+    if device.type == "cuda":
+        return "flash" if importlib.util.find_spec("flash_attn") else "flex"
+    return "sdpa"
+
+
+@contextmanager
+def branch_attention(model: PreTrainedModel, backend: Backend = "auto") -> Iterator[PreTrainedModel]:
+    """Run ``model`` with stem-and-branches attention inside the ``with`` block.
+
+    Raises:
+        UnsupportedModelError: encoder-decoder models, and sliding-window layers shorter than the context.
+    """
+    check_model(model)
+    if backend == "auto":
+        backend = choose_backend(model.device)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(f"branches_{backend}")
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError unless ``model`` is a decoder with full causal attention in every layer."""
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{config.model_type} is an encoder-decoder; Jacobi decoding needs a causal decoder"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UnsupportedModelError(f"{config.model_type} has layers of kind {sorted(kinds - {'full_attention'})}")
+    if getattr(config, "num_key_value_heads", None) is None or not getattr(model, "_supports_attention_backend", True):
+        raise UnsupportedModelError(
+            f"{config.model_type} does not use transformers' attention interface with a KV cache"
+        )
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, causal: bool = False
+) -> Tensor:
+    """SDPA with grouped key-value heads; [B, H, Q, D], [B, G, K, D] twice -> [B, H, Q, D]."""
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float) -> Tensor:
+    return _attend(query, key, value, forest.dense_mask, scaling)[0]
+
+
+def _rows(flat: Tensor, index: Tensor) -> Tensor:
+    """[heads, T, D] gathered by [rows, width] -> [rows, heads, width, D]."""
+    picked = flat.index_select(1, index.reshape(-1))
+    return picked.view(flat.shape[0], *index.shape, flat.shape[2]).transpose(0, 1)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float) -> Tensor:
+    q, k, v = query[0], key[0], value[0]
+    stems = forest.stem_rows
+    outs = [_attend(_rows(q, stems), _rows(k, stems), _rows(v, stems), None, scaling, causal=True)]
+    if forest.branches:
+        queries, keys, mask = forest.branch_rows
+        outs.append(_attend(_rows(q, queries), _rows(k, keys), _rows(v, keys), mask, scaling))
+    # [rows, H, width, D] -> [H, rows * width, D], stems and branches one after the other, then flat order.
+    joined = torch.cat([o.transpose(0, 1).flatten(1, 2) for o in outs], dim=1)
+    return joined.index_select(1, forest.restore)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Any = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    grouped = query.shape[1] != key.shape[1]
+    out: Tensor = compiled(query, key, value, block_mask=forest.block_mask, scale=scaling, enable_gqa=grouped)
+    return out[0]
+
+
+_flex_cache: list[Any] = []
+
+
+def _compiled_flex() -> Any:
+    """FlexAttention compiled once a process: uncompiled it computes the full score matrix."""
+    if not _flex_cache:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _flex_cache.append(torch.compile(flex_attention, dynamic=True))
+    return _flex_cache[0]
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    stem_tokens = int(forest.stem_offsets[-1])
+    stem, branch = forest.stem_sequences, forest.branch_sequences
+    outs = [
+        flash_attn_varlen_func(
+            q[:stem_tokens], k[:stem_tokens], v[:stem_tokens], stem.queries, stem.queries,
+            stem.longest_query, stem.longest_query, softmax_scale=scaling, causal=True,
+        )
+    ]  # fmt: skip
+    if forest.branches:
+        outs.append(
+            flash_attn_varlen_func(
+                q[stem_tokens:], k.index_select(0, branch.gather), v.index_select(0, branch.gather),
+                branch.queries, branch.keys, branch.longest_query, branch.longest_key,
+                softmax_scale=scaling, causal=True,
+            )
+        )  # fmt: skip
+    return torch.cat(outs).transpose(0, 1)
+
+
+def _cached(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: CachedRows, scaling: float) -> Tensor:
+    """Write the tokens' keys and values to the cache and attend over it; gives [B, Q, H, D] as the model sees them."""
+    layer: Any = module.layer_idx
+    keys, values = layout.cache.keys[layer], layout.cache.values[layer]
+    # [B, G, Q, D] -> [B * Q, G, D], one row a token.
+    keys[layout.write_rows, :, layout.write_slots] = key.transpose(1, 2).flatten(0, 1)
+    values[layout.write_rows, :, layout.write_slots] = value.transpose(1, 2).flatten(0, 1)
+    if layout.fill is not None:
+        query = _rows(query[0], layout.fill)
+    count = query.shape[0]
+    out = _attend(
+        query, keys[:count, :, : layout.reach], values[:count, :, : layout.reach], layout.mask, scaling, layout.causal
+    )
+    out = out.transpose(1, 2)
+    if layout.pick is not None:
+        out = out.flatten(0, 1).index_select(0, layout.pick)[None]
+    return out
+
+
+def _interface(
+    backend: Callable[[Tensor, Tensor, Tensor, Forest, float], Tensor],
+) -> Callable[..., tuple[Tensor, None]]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        layout: Forest | CachedRows | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if isinstance(layout, CachedRows):
+            return _cached(module, query, key, value, layout, scaling), None
+        if layout is None:
+            raise ValueError("a model under branch_attention must be called with layout=")
+        return backend(query, key, value, layout, scaling).transpose(0, 1)[None], None
+
+    return attention
+
+
+for _name, _backend in {"dense": _dense, "sdpa": _sdpa, "flex": _flex, "flash": _flash}.items():
+    AttentionInterface.register(f"branches_{_name}", _interface(_backend))

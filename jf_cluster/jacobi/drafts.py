@@ -1,0 +1,172 @@
+"""What one decoding row proposes and accepts: drafts, blocks in flight and the n-gram pool of rejection recycling.
+
+No tensors here. A row's sequence is prompt, accepted response, then ``draft``: tokens proposed to follow the last
+accepted one. After a forward the row learns what the model writes after every proposed token (``advance``), accepts
+the longest matching run plus the one token the model wrote behind it, and keeps the rest as its next draft.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+Mode = Literal["ar", "jacobi", "multiblock"]
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How drafts are made: the mode, block size n, blocks in flight K, spawn ratio r and recycled candidates."""
+
+    mode: Mode = "jacobi"
+    block_size: int = 16
+    blocks: int = 2
+    spawn_ratio: float = 0.85
+    pool: int = 4
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("ar", "jacobi", "multiblock"):
+            raise ValueError(f"unknown decoding mode {self.mode!r}; choose ar, jacobi or multiblock")
+        if self.block_size < 1 or self.blocks < 1 or not 0 <= self.spawn_ratio <= 1 or self.pool < 0:
+            raise ValueError(
+                f"{self}: block_size and blocks must be at least 1, spawn_ratio in [0, 1], pool at least 0"
+            )
+
+    @property
+    def candidates(self) -> int:
+        """Recycled candidates verified beside a draft."""
+        return self.pool if self.mode == "multiblock" else 0
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row in one forward pass."""
+        draft = {"ar": 1, "jacobi": self.block_size, "multiblock": self.block_size * self.blocks}[self.mode]
+        return draft + self.candidates * (self.block_size - 1)
+
+
+AUTOREGRESSIVE, JACOBI = Drafting("ar"), Drafting("jacobi")
+
+
+class NgramPool:
+    """Runs of tokens seen in discarded drafts, newest first, by the token before them."""
+
+    def __init__(self, per_token: int, length: int) -> None:
+        self.per_token, self.length = per_token, length
+        self._runs: dict[int, deque[tuple[int, ...]]] = {}
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Remember every run of up to ``length`` tokens of a discarded draft."""
+        for i in range(len(tokens) - 1):
+            run = tuple(tokens[i + 1 : i + 1 + self.length])
+            runs = self._runs.setdefault(tokens[i], deque(maxlen=self.per_token))
+            if run not in runs:
+                runs.appendleft(run)
+
+    def find(self, token: int) -> list[tuple[int, ...]]:
+        """Candidates to follow ``token``."""
+        return list(self._runs.get(token, ()))
+
+
+@dataclass
+class Row:
+    """One response being decoded."""
+
+    prompt: Sequence[int]
+    key: int
+    drafting: Drafting
+    max_new_tokens: int
+    end_ids: frozenset[int]
+    tokens: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    candidates: list[tuple[int, ...]] = field(default_factory=list)
+    accepted_runs: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self._context = np.array(self.prompt, dtype=np.int64)
+        self._random = np.random.Generator(np.random.Philox(key=self.key))
+        self._pool = NgramPool(self.drafting.candidates, self.drafting.block_size - 1)
+        self._blocks: deque[int] = deque()  # Unaccepted tokens of each block in flight, the real-active one first.
+
+    @property
+    def done(self) -> bool:
+        return self.finished or len(self.tokens) >= self.max_new_tokens
+
+    def begin(self, first: int) -> None:
+        """Take the token the prefill wrote and make the first draft."""
+        self._take([first])
+        self._propose([])
+
+    def advance(self, written: Sequence[int], candidates_written: Sequence[Sequence[int]]) -> tuple[int, int | None]:
+        """Accept what the model confirmed and draft what comes next.
+
+        Args:
+            written: what the model writes after the last accepted token and after each draft token, 1 + len(draft).
+            candidates_written: what it writes after each token of each candidate, given the last accepted token.
+
+        Returns:
+            ``(run, candidate)``: how many proposed tokens became part of the response and which candidate they came
+            from (None: the draft). One more token, the model's own, follows them.
+        """
+        run, rest, source = _match(self.draft, written), list(written), None
+        for index, (candidate, after) in enumerate(zip(self.candidates, candidates_written, strict=True)):
+            answers = [written[0], *after]
+            if (match := _match(candidate, answers)) > run:
+                # Behind the candidate's own answers the draft's still serve as guesses.
+                run, rest, source = match, answers + list(written[len(answers) :]), index
+        if self.drafting.candidates:
+            self._pool.add(written)
+        self._take(rest[: run + 1])
+        self._propose(rest[run + 1 :])
+        return run, source
+
+    def _take(self, tokens: Sequence[int]) -> None:
+        room = self.max_new_tokens - len(self.tokens)
+        taken = list(tokens[:room])
+        for i, token in enumerate(taken):
+            if token in self.end_ids:
+                taken, self.finished = taken[: i + 1], True
+                break
+        self.tokens += taken
+        self.accepted_runs.append(len(taken))
+        accepted = len(taken)
+        while self._blocks and accepted >= self._blocks[0]:
+            accepted -= self._blocks.popleft()
+        if self._blocks:
+            self._blocks[0] -= accepted
+
+    def _propose(self, kept: Sequence[int]) -> None:
+        """Make the next draft from what the model wrote behind the accepted run, topped up with guesses."""
+        if self.done or self.drafting.mode == "ar":
+            self.draft, self.candidates = [], []
+            return
+        n = self.drafting.block_size
+        if self.drafting.mode == "jacobi":
+            wanted = n - 1
+        else:
+            if not self._blocks:
+                self._blocks.append(n)
+            spawn_below = n - int(self.drafting.spawn_ratio * n)
+            if self._blocks[0] <= spawn_below and len(self._blocks) < self.drafting.blocks:
+                self._blocks.append(n)
+            wanted = sum(self._blocks)
+        wanted = min(wanted, self.max_new_tokens - len(self.tokens))
+        self.draft = list(kept[:wanted])
+        if (missing := wanted - len(self.draft)) > 0:
+            known = len(self._context)
+            picks = self._random.integers(known + len(self.tokens), size=missing).tolist()
+            self.draft += [int(self._context[i]) if i < known else self.tokens[i - known] for i in picks]
+        if self.drafting.candidates:
+            found = self._pool.find(self.tokens[-1])
+            self.candidates = [c for c in found if list(c) != self.draft[: len(c)]]
+
+
+def _match(proposed: Sequence[int], written: Sequence[int]) -> int:
+    """How many proposed tokens the model confirms: ``proposed[i]`` against ``written[i]``."""
+    count = 0
+    while count < len(proposed) and proposed[count] == written[count]:
+        count += 1
+    return count

@@ -1,0 +1,221 @@
+"""The one attention pattern: stems (clean causal sequences) with branches hanging off them.
+
+A token of a stem attends to its stem up to itself. A token of a branch that starts at stem position ``s`` attends
+to the stem's positions below ``s`` and to its own branch up to itself, and carries position ``s``, ``s + 1``, …
+So the keys a query sees are always two ranges, which is what ``visible`` (the dense oracle) says in one line.
+
+Collecting, training and decoding are three uses of this pattern. Here live the flat form, stems and branches in one
+sequence (``Forest``, training), and the cached form, stems in a key-value cache (``CachedRows``, collecting and
+decoding). How attention is computed over them is in ``attention.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from jf_cluster.jacobi.cache import KeyValueCache
+
+IntArray = NDArray[np.int64]
+
+
+def visible(
+    stem_begin: torch.Tensor, stem_end: torch.Tensor, own_begin: torch.Tensor, own_end: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor:
+    """The dense oracle: True where a query may see a key.
+
+    All arguments are int64 and broadcast against each other: a query sees key slots ``stem_begin <= k < stem_end``
+    and ``own_begin <= k <= own_end``, where ``own_end`` is the query's own slot.
+    """
+    return ((keys >= stem_begin) & (keys < stem_end)) | ((keys >= own_begin) & (keys <= own_end))
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A branch of ``length`` tokens off stem number ``stem``, its first token at stem position ``start``."""
+
+    stem: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Stems and their branches as one flat sequence: all stems first, then all branches, without padding."""
+
+    stem_lengths: tuple[int, ...]
+    branches: tuple[Branch, ...]
+    device: torch.device = field(default=torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        for b in self.branches:
+            if not 0 < b.start <= self.stem_lengths[b.stem] or b.length < 1:
+                raise ValueError(f"{b} does not hang off a stem of {self.stem_lengths[b.stem]} tokens")
+
+    def to(self, device: torch.device) -> Forest:
+        return self if device == self.device else Forest(self.stem_lengths, self.branches, device)
+
+    @cached_property
+    def stem_offsets(self) -> IntArray:
+        """Flat index of each stem's first token, and the total of all stems at the end; [S + 1]."""
+        return np.concatenate([[0], np.cumsum(self.stem_lengths, dtype=np.int64)])
+
+    @cached_property
+    def branch_offsets(self) -> IntArray:
+        """Flat index of each branch's first token, and the length of the whole sequence at the end; [R + 1]."""
+        lengths = np.array([b.length for b in self.branches], dtype=np.int64)
+        offsets: IntArray = self.stem_offsets[-1] + np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return offsets
+
+    @property
+    def total_tokens(self) -> int:
+        return int(self.branch_offsets[-1])
+
+    @cached_property
+    def position_ids(self) -> torch.Tensor:
+        """Rotary positions, int64 [1, T]."""
+        parts = [np.arange(n) for n in self.stem_lengths] + [b.start + np.arange(b.length) for b in self.branches]
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)[None]
+
+    @cached_property
+    def ranges(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``(stem_begin, stem_end, own_begin, own_end)`` of every token, int64 [T] each."""
+        begin, end, own = (np.zeros(self.total_tokens, dtype=np.int64) for _ in range(3))
+        for first, length in zip(self.stem_offsets[:-1], self.stem_lengths, strict=True):
+            own[first : first + length] = first
+        for first, b in zip(self.branch_offsets[:-1], self.branches, strict=True):
+            span = slice(first, first + b.length)
+            begin[span] = self.stem_offsets[b.stem]
+            end[span] = self.stem_offsets[b.stem] + b.start
+            own[span] = first
+        stem_begin, stem_end, own_begin = (torch.from_numpy(a).to(self.device) for a in (begin, end, own))
+        return stem_begin, stem_end, own_begin, torch.arange(len(own), device=self.device)
+
+    @cached_property
+    def dense_mask(self) -> torch.Tensor:
+        """Who sees whom, bool [1, 1, T, T] (the oracle)."""
+        begin, end, own_begin, own_end = (r[:, None] for r in self.ranges)
+        return visible(begin, end, own_begin, own_end, torch.arange(self.total_tokens, device=self.device))[None, None]
+
+    @cached_property
+    def stem_rows(self) -> torch.Tensor:
+        """Flat index of every stem token, one padded row a stem, int64 [S, longest stem]; padding repeats index 0."""
+        return _padded(
+            [np.arange(a, b) for a, b in zip(self.stem_offsets[:-1], self.stem_offsets[1:], strict=True)]
+        ).to(self.device)
+
+    @cached_property
+    def branch_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and mask of the branches, one padded row a branch.
+
+        Returns:
+            queries: flat index, int64 [R, longest branch].
+            keys: flat index, int64 [R, longest stem prefix + longest branch].
+            mask: bool [R, 1, longest branch, longest stem prefix + longest branch].
+        """
+        own = [np.arange(a, b) for a, b in zip(self.branch_offsets[:-1], self.branch_offsets[1:], strict=True)]
+        stems = [self.stem_offsets[b.stem] + np.arange(b.start) for b in self.branches]
+        queries, prefix = _padded(own), _padded(stems)
+        starts = torch.tensor([b.start for b in self.branches])[:, None, None]
+        width, reach = queries.shape[1], prefix.shape[1]
+        q, k = torch.arange(width)[None, :, None], torch.arange(reach + width)[None, None, :]
+        # In a row's own numbering the stem prefix fills slots 0 … start and the branch slots reach …
+        mask = visible(torch.zeros_like(starts), starts, torch.full_like(starts, reach), reach + q, k)
+        device = self.device
+        return queries.to(device), torch.cat([prefix, queries], dim=1).to(device), mask[:, None].to(device)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The mask as FlexAttention takes it."""
+        begin, end, own, _ = self.ranges
+
+        def allowed(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return visible(begin[q], end[q], own[q], q, k)
+
+        return create_block_mask(allowed, None, None, self.total_tokens, self.total_tokens, device=str(self.device))
+
+    @cached_property
+    def stem_sequences(self) -> Sequences:
+        """The stems for a variable-length kernel: queries and keys alike."""
+        offsets, longest = torch.from_numpy(self.stem_offsets).to(self.device), max(self.stem_lengths)
+        cumulative = offsets.to(torch.int32)
+        return Sequences(cumulative, cumulative, longest, longest, torch.arange(int(offsets[-1]), device=self.device))
+
+    @cached_property
+    def branch_sequences(self) -> Sequences:
+        """The branches for a variable-length kernel: a branch's keys are its stem prefix followed by itself."""
+        firsts = self.branch_offsets[:-1]
+        gather = [
+            np.concatenate([self.stem_offsets[b.stem] + np.arange(b.start), first + np.arange(b.length)])
+            for first, b in zip(firsts, self.branches, strict=True)
+        ]
+        key_ends = np.concatenate([[0], np.cumsum([len(g) for g in gather])])
+        query_ends = self.branch_offsets - self.branch_offsets[0]
+        return Sequences(
+            torch.from_numpy(query_ends).to(self.device, torch.int32),
+            torch.from_numpy(key_ends).to(self.device, torch.int32),
+            max(b.length for b in self.branches),
+            max(map(len, gather)),
+            torch.from_numpy(np.concatenate(gather)).to(self.device),
+        )
+
+    @cached_property
+    def restore(self) -> torch.Tensor:
+        """For every flat token its index among the rows of ``stem_rows`` followed by those of ``branch_rows``; [T]."""
+        width = self.stem_rows.shape[1]
+        parts = [row * width + np.arange(n) for row, n in enumerate(self.stem_lengths)]
+        if self.branches:
+            base, width = self.stem_rows.numel(), self.branch_rows[0].shape[1]
+            parts += [base + row * width + np.arange(b.length) for row, b in enumerate(self.branches)]
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What a variable-length attention kernel needs: cumulative lengths (int32) and the longest of each side."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest_query: int
+    longest_key: int
+    gather: torch.Tensor
+    """Flat index of every key, int64."""
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """Query tokens over stems that lie in a key-value cache: batch row b of the queries belongs to cache row b.
+
+    The tokens' own keys and values are first written to the cache, then each query attends to what ``mask`` allows
+    among the first ``reach`` slots. ``fill`` carries flat tokens to padded rows and ``pick`` brings them back; both are
+    None where the model already computes on padded rows [B, Q].
+    """
+
+    cache: KeyValueCache
+    write_rows: torch.Tensor
+    """Cache row of every token the model computes on, int64 [T] (or [B * Q])."""
+    write_slots: torch.Tensor
+    """Cache slot of every such token, int64, same shape."""
+    mask: torch.Tensor | None
+    """bool [B, 1, Q, reach]; None where every query sees all of it."""
+    reach: int
+    fill: torch.Tensor | None = None
+    """Flat index of each padded query, int64 [B, Q]."""
+    pick: torch.Tensor | None = None
+    """Index into the padded queries of each flat token, int64 [T]."""
+    causal: bool = False
+    """The queries are whole stems from slot 0 on; ``mask`` is then None."""
+
+
+def _padded(rows: Sequence[IntArray]) -> torch.Tensor:
+    """Stack ragged index rows into int64 [rows, longest], padded with 0."""
+    out = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(out)
