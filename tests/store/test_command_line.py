@@ -1,0 +1,67 @@
+"""``python -m trajectory_store``: what people see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.store.conftest import BLOCK_SIZE, make_trajectory
+from trajectory_store import Provenance, Round
+from trajectory_store.__main__ import main
+from trajectory_store.drawing import draw_trajectory
+
+
+@pytest.fixture
+def path(round_: Round, provenance: Provenance) -> str:
+    with round_.writer(provenance) as writer:
+        for i in range(10):
+            writer.append(make_trajectory(f"p{i}", response_tokens=20))
+    round_.reject("x", "too long")
+    round_.seal(provenance)
+    return str(Path(round_.folder.path).parent)
+
+
+def test_ls(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", path, f"{path}/round-001"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all("sealed" in line and "10 rows" in line and "1 rejects" in line for line in lines)
+
+
+def test_ls_of_an_open_round(round_: Round, provenance: Provenance, capsys: pytest.CaptureFixture[str]) -> None:
+    with round_.writer(provenance) as writer:
+        writer.append(make_trajectory("a"))
+    assert main(["ls", str(Path(round_.folder.path))]) == 0
+    assert "open" in capsys.readouterr().out
+
+
+def test_show(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", path, "--id", "p3"]) == 0
+    row = make_trajectory("p3", response_tokens=20)
+    out = capsys.readouterr().out
+    assert out.splitlines() == list(draw_trajectory(row, BLOCK_SIZE, colour=False))
+    assert len(out.splitlines()) == 1 + 3 + len(row.accepted) + 3
+    assert main(["show", path, "--row", "2", "--colour", "always"]) == 0
+    assert "\x1b[32m" in capsys.readouterr().out
+
+
+def test_stats(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", path]) == 0
+    out = capsys.readouterr().out
+    rows = [make_trajectory(f"p{i}", response_tokens=20) for i in range(10)]
+    assert f"{sum(len(row.prompt) for row in rows)} prompt, 200 response, {sum(len(r.tails) for r in rows)}" in out
+    assert f"blocks 30, iterations per block {sum(len(r.accepted) for r in rows) / 30:.2f}" in out
+
+
+def test_verify(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", path]) == 0
+    shard = next(Path(path).glob("round-001/shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-3])
+    assert main(["verify", path]) == 1
+    assert shard.name in capsys.readouterr().out
+
+
+def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", str(tmp_path / "nowhere")]) == 2
+    assert "holds no rounds" in capsys.readouterr().err

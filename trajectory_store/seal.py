@@ -1,0 +1,91 @@
+"""Sealing a round: which rows count, in which order, and the manifest that fixes it.
+
+Rows are ordered by prompt id. Of several rows with the same prompt id the one with the smallest digest counts, so the
+choice depends on what was written, never on who wrote it or when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trajectory_store.folder import Folder
+from trajectory_store.manifest import INDEX_SCHEMA, Manifest, ShardEntry, content_hash, encode_index
+from trajectory_store.provenance import Provenance
+from trajectory_store.shard import SUMMARY_COLUMNS, ShardFile, ShardName
+
+READ_THREADS = 8
+"""Shards whose summaries are read at a time; on an object store each is a few requests of some ten milliseconds."""
+
+
+def shard_summary(folder: Folder, name: str, shard: int, provenance: Provenance) -> pa.Table:
+    """A shard's rows as index entries (INDEX_SCHEMA), checked against the round's provenance.
+
+    Raises:
+        CorruptShardError: the shard is damaged.
+        ProvenanceMismatchError: the shard's rows are of another origin.
+    """
+    file = ShardFile(folder, name, SUMMARY_COLUMNS)
+    file.provenance.require_same_origin(provenance, file.where)
+    batches = []
+    for number in range(file.batches):
+        batch = file.read_batch(number)
+        rows = batch.num_rows
+        columns = {column: batch.column(column) for column in SUMMARY_COLUMNS}
+        columns["shard"] = pa.array(np.full(rows, shard, np.int32))
+        columns["batch"] = pa.array(np.full(rows, number, np.int32))
+        columns["row"] = pa.array(np.arange(rows, dtype=np.int32))
+        arrays = [columns[field.name].cast(field.type) for field in INDEX_SCHEMA]
+        batches.append(pa.record_batch(arrays, schema=INDEX_SCHEMA))
+    return pa.Table.from_batches(batches, schema=INDEX_SCHEMA)
+
+
+def canonical_index(summaries: Sequence[pa.Table]) -> pa.Table:
+    """The rows that count, in canonical order, from the summaries of all shards."""
+    table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *summaries])
+    keys = [(key, "ascending") for key in ("prompt_id", "digest", "shard", "batch", "row")]
+    table = table.take(pc.sort_indices(table, sort_keys=keys)).combine_chunks()
+    if table.num_rows < 2:
+        return table
+    ids = table["prompt_id"].combine_chunks()
+    first = np.ones(len(ids), bool)
+    first[1:] = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(zero_copy_only=False)
+    return table.filter(pa.array(first)).combine_chunks()
+
+
+def build_manifest(
+    folder: Folder, sizes: Mapping[str, int], provenance: Provenance, rejected: set[str]
+) -> tuple[Manifest, pa.Buffer]:
+    """The manifest over a round's shards (file sizes by name) and the bytes of its index.
+
+    The content hash and the order of rows depend on the rows alone.
+    """
+    shards = {name: parsed for name in sorted(sizes) if (parsed := ShardName.parse(name))}
+    names = list(shards)
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        summaries = list(pool.map(lambda i: shard_summary(folder, names[i], i, provenance), range(len(names))))
+    index = canonical_index(summaries)
+    index_name, content = encode_index(index)
+    response_tokens = index["response_tokens"].to_numpy().astype(np.int64)
+    kept = set(index["prompt_id"].to_pylist()) if rejected else set()
+    manifest = Manifest(
+        rows=index.num_rows,
+        response_tokens=int(response_tokens.sum()),
+        blocks=int(np.sum(-(-response_tokens // provenance.block_size))),
+        iterations=int(index["iteration_count"].to_numpy().astype(np.int64).sum()),
+        rejects=len(rejected - kept),
+        content_hash=content_hash(index),
+        provenance=provenance,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        index=index_name,
+        shards=tuple(
+            ShardEntry(name, summary.num_rows, sizes[name], shards[name].checksum)
+            for name, summary in zip(names, summaries, strict=True)
+        ),
+    )
+    return manifest, content

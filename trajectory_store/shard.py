@@ -1,0 +1,262 @@
+"""One shard: an Arrow IPC file of trajectories, its schema, its name, its checksums.
+
+A row is one prompt's response with all its trajectories. The file is an ordinary compressed Arrow IPC file (format
+"file", so that record batches can be fetched one by one). On top of what Arrow knows, each record batch carries the
+CRC-32 of every column as custom metadata, so a reader can verify exactly what it read, and the file name carries a
+hash of the whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import ipc
+
+from trajectory_store.errors import CorruptShardError, SchemaVersionError
+from trajectory_store.folder import Folder
+from trajectory_store.provenance import Provenance
+from trajectory_store.trajectory import Trajectory, digest
+
+SCHEMA_VERSION = 1
+READABLE_BY = 1
+"""Oldest store version that can read what this one writes; raised only when old readers would misread."""
+
+Codec = Literal["zstd", "lz4", "none"]
+DEFAULT_CODEC: Codec = "zstd"
+ZSTD_LEVEL = 1
+
+SUMMARY_COLUMNS = ("prompt_id", "digest", "prompt_tokens", "response_tokens", "iteration_count")
+"""Small columns that say what a shard holds without decoding its tokens."""
+LIST_COLUMNS = ("prompt", "response", "iterations", "accepted", "tails")
+COLUMNS = (*SUMMARY_COLUMNS, "finished", *LIST_COLUMNS)
+
+_NAME = re.compile(r"shard-(?P<writer>[A-Za-z0-9_.]+)-(?P<sequence>\d{6,})-(?P<checksum>[0-9a-f]{32})\.arrow")
+_VERSION_KEY = b"trajectory_store.version"
+_READABLE_KEY = b"trajectory_store.readable_by"
+_PROVENANCE_KEY = b"trajectory_store.provenance"
+_ARROW_FAILURES = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, UnicodeDecodeError, MemoryError)
+"""What pyarrow may raise on damaged bytes."""
+
+
+@dataclass(frozen=True)
+class ShardName:
+    """The parts of a shard's file name."""
+
+    writer: str
+    sequence: int
+    checksum: str
+
+    def __str__(self) -> str:
+        return f"shard-{self.writer}-{self.sequence:06d}-{self.checksum}.arrow"
+
+    @classmethod
+    def parse(cls, name: str) -> ShardName | None:
+        """The parts, or None for a file that is no shard."""
+        match = _NAME.fullmatch(name)
+        return cls(match["writer"], int(match["sequence"]), match["checksum"]) if match else None
+
+
+def checksum_of(content: Any) -> str:
+    """Hash of a whole file, 32 hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def schema(provenance: Provenance) -> pa.Schema:
+    """The Arrow schema of a shard, provenance in its metadata."""
+    tokens = pa.list_(pa.field("item", pa.int32(), nullable=False))
+    return pa.schema(
+        [
+            pa.field("prompt_id", pa.string(), nullable=False),
+            pa.field("digest", pa.binary(), nullable=False),
+            pa.field("prompt_tokens", pa.int32(), nullable=False),
+            pa.field("response_tokens", pa.int32(), nullable=False),
+            pa.field("iteration_count", pa.int32(), nullable=False),
+            pa.field("finished", pa.bool_(), nullable=False),
+            *(pa.field(name, tokens, nullable=False) for name in LIST_COLUMNS),
+        ],
+        metadata={
+            _VERSION_KEY: str(SCHEMA_VERSION),
+            _READABLE_KEY: str(READABLE_BY),
+            _PROVENANCE_KEY: provenance.to_json(),
+        },
+    )
+
+
+class ShardEncoder:
+    """Encodes normalised trajectories into the bytes of one shard, in memory."""
+
+    def __init__(self, provenance: Provenance, codec: Codec = DEFAULT_CODEC) -> None:
+        compression = {"zstd": pa.Codec("zstd", ZSTD_LEVEL), "lz4": "lz4", "none": None}[codec]
+        self._schema = schema(provenance)
+        self._sink = pa.BufferOutputStream()
+        self._writer = ipc.new_file(self._sink, self._schema, options=ipc.IpcWriteOptions(compression=compression))
+        self._batches = 0
+        self.rows = 0
+
+    @property
+    def size_bytes(self) -> int:
+        return int(self._sink.tell())
+
+    def add(self, rows: Sequence[Trajectory]) -> None:
+        """Append the rows as one record batch."""
+        batch = pa.record_batch(_columns(rows), schema=self._schema)
+        checksums = {name: str(_crc(batch.column(i), self._batches, name)) for i, name in enumerate(batch.schema.names)}
+        self._writer.write_batch(batch, custom_metadata={"crc32": json.dumps(checksums)})
+        self._batches += 1
+        self.rows += len(rows)
+
+    def finish(self) -> pa.Buffer:
+        """The file's bytes."""
+        self._writer.close()
+        return self._sink.getvalue()
+
+
+def _columns(rows: Sequence[Trajectory]) -> list[pa.Array]:
+    def ragged(name: str) -> pa.Array:
+        arrays = [getattr(row, name) for row in rows]
+        offsets = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum([len(a) for a in arrays], out=offsets[1:])
+        item_type = pa.list_(pa.field("item", pa.int32(), nullable=False))
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)), type=item_type)
+
+    return [
+        pa.array([row.prompt_id for row in rows], pa.string()),
+        pa.array([digest(row) for row in rows], pa.binary()),
+        pa.array([len(row.prompt) for row in rows], pa.int32()),
+        pa.array([len(row.response) for row in rows], pa.int32()),
+        pa.array([len(row.accepted) for row in rows], pa.int32()),
+        pa.array([row.finished for row in rows], pa.bool_()),
+        *(ragged(name) for name in LIST_COLUMNS),
+    ]
+
+
+def _crc(column: pa.Array, batch_number: int, name: str) -> int:
+    """CRC-32 of a column's values, of its place (so that exchanged batches are noticed) and of its list lengths."""
+    value = zlib.crc32(f"{batch_number}:{name}:{column.type}".encode())
+    for part in _column_bytes(column):
+        value = zlib.crc32(part, value)
+    return value
+
+
+def _column_bytes(column: pa.Array) -> Iterator[bytes | memoryview]:
+    """The column's logical content; buffers themselves may carry padding that differs after a round trip."""
+    rows = len(column)
+    if rows == 0:
+        return
+    if pa.types.is_boolean(column.type):
+        yield column.to_numpy(zero_copy_only=False).tobytes()
+    elif pa.types.is_list(column.type):
+        offsets: npt.NDArray[np.int32] = column.offsets.to_numpy()
+        values: npt.NDArray[np.int32] = column.values.to_numpy()
+        yield offsets.data
+        yield values[: int(offsets[-1])].data
+    elif pa.types.is_string(column.type) or pa.types.is_binary(column.type):
+        _, offset_buffer, data = column.buffers()
+        ends = np.frombuffer(offset_buffer, np.int32, rows + 1)
+        yield ends.data
+        yield memoryview(data)[: int(ends[-1])] if data is not None else b""
+    else:
+        fixed: npt.NDArray[np.int32] = column.to_numpy()
+        yield fixed.data
+
+
+class ShardFile:
+    """An open shard, read one record batch at a time. Not for use by several threads at once."""
+
+    def __init__(self, folder: Folder, name: str, columns: Sequence[str] | None = None, verify: bool = True) -> None:
+        """Open a shard, optionally only some of its columns.
+
+        Raises:
+            MissingShardError: there is no such file.
+            CorruptShardError: it is no readable Arrow file.
+            SchemaVersionError: a newer store wrote it in a way this one would misread.
+        """
+        self.where = folder.path_of(name)
+        self._verify = verify
+        source = folder.open(name)
+        try:
+            self._reader = ipc.open_file(source)
+            present = self._reader.schema.names
+            missing = [c for c in (columns or COLUMNS) if c not in present]
+            version = int(self._metadata(_READABLE_KEY))
+            if version > SCHEMA_VERSION:
+                raise SchemaVersionError(
+                    f"{self.where} needs a trajectory store of schema version {version} or newer; this one has "
+                    f"{SCHEMA_VERSION}"
+                )
+            if missing:
+                raise CorruptShardError(f"{self.where} lacks the columns {', '.join(missing)}")
+            if set(present) != set(columns or COLUMNS):
+                wanted = [present.index(c) for c in (columns or COLUMNS)]
+                source.seek(0)
+                self._reader = ipc.open_file(source, options=ipc.IpcReadOptions(included_fields=wanted))
+            self.batches = int(self._reader.num_record_batches)
+        except _ARROW_FAILURES as error:
+            raise self.damaged("it cannot be opened as an Arrow file", error) from error
+
+    @property
+    def provenance(self) -> Provenance:
+        try:
+            return Provenance.from_dict(json.loads(self._metadata(_PROVENANCE_KEY)))
+        except _ARROW_FAILURES as error:
+            raise self.damaged("its provenance cannot be read", error) from error
+
+    def read_batch(self, number: int) -> pa.RecordBatch:
+        """Record batch `number`, its columns checked against their checksums.
+
+        Raises:
+            CorruptShardError: the bytes are not those that were written.
+        """
+        try:
+            read = self._reader.get_batch_with_custom_metadata(number)
+            batch = read.batch
+            if self._verify:
+                expected = json.loads(read.custom_metadata[b"crc32"])
+                for i, name in enumerate(batch.schema.names):
+                    if _crc(batch.column(i), number, name) != int(expected[name]):
+                        raise CorruptShardError(f"{self.where}: column {name} of record batch {number} is damaged")
+        except _ARROW_FAILURES as error:
+            raise self.damaged(f"record batch {number} cannot be read", error) from error
+        return batch
+
+    def damaged(self, what: str, cause: BaseException) -> CorruptShardError:
+        """The error to raise for an Arrow failure; passes the store's own errors through."""
+        if isinstance(cause, CorruptShardError | SchemaVersionError):
+            return cause  # type: ignore[return-value]
+        return CorruptShardError(f"{self.where} is damaged: {what} ({cause}). `verify` lists every bad shard")
+
+    def _metadata(self, key: bytes) -> str:
+        metadata = self._reader.schema.metadata or {}
+        if key not in metadata:
+            raise CorruptShardError(f"{self.where} is an Arrow file but no trajectory shard")
+        return bytes(metadata[key]).decode()
+
+
+class RowBatch:
+    """A decoded record batch as numpy views, from which trajectories are cut without copying."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.rows = batch.num_rows
+        self.nbytes = batch.nbytes
+        self._ids = batch.column("prompt_id").to_pylist()
+        self._finished = batch.column("finished").to_pylist()
+        self._parts = []
+        for name in LIST_COLUMNS:
+            column = batch.column(name)
+            values = column.values.to_numpy()
+            self._parts.append((column.offsets.to_numpy().tolist(), values.astype(np.int32, copy=False)))
+
+    def __getitem__(self, row: int) -> Trajectory:
+        prompt, response, iterations, accepted, tails = [
+            values[offsets[row] : offsets[row + 1]] for offsets, values in self._parts
+        ]
+        return Trajectory(self._ids[row], prompt, response, self._finished[row], iterations, accepted, tails)

@@ -1,0 +1,213 @@
+"""The store and its rounds: where writers, rejects, seals and readers are had from.
+
+```
+<store>/round-001/shard-<writer>-<sequence>-<checksum>.arrow    committed trajectories
+<store>/round-001/rejects/<hash of the prompt id>.json          prompts given up on
+<store>/round-001/provenance.json                               what the round's rows have in common
+<store>/round-001/index-<checksum>.arrow, manifest.json         once sealed
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from trajectory_store.errors import (
+    CorruptShardError,
+    InvalidNameError,
+    MissingShardError,
+    RoundNotFoundError,
+    RoundNotSealedError,
+    RoundSealedError,
+)
+from trajectory_store.folder import Folder
+from trajectory_store.manifest import MANIFEST_NAME, Manifest
+from trajectory_store.provenance import Provenance
+from trajectory_store.reader import DEFAULT_CACHE_BYTES, TrajectoryReader
+from trajectory_store.seal import READ_THREADS, build_manifest
+from trajectory_store.shard import DEFAULT_CODEC, Codec, ShardFile, ShardName
+from trajectory_store.writer import DEFAULT_SHARD_BYTES, TrajectoryWriter
+
+PROVENANCE_NAME = "provenance.json"
+REJECTS_FOLDER = "rejects"
+
+
+class TrajectoryStore:
+    """A folder of rounds, on a local path or an object-store URL. Creates nothing until something is written."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.url = os.fspath(url)
+        self.folder = Folder.at(url)
+
+    def round(self, number: int) -> Round:
+        """Round `number`, counted from 1."""
+        if number < 1:
+            raise InvalidNameError(f"rounds count from 1, got {number}")
+        return Round(self.folder.child(f"round-{number:03d}"), number)
+
+    def rounds(self) -> list[Round]:
+        """The rounds that exist, in order."""
+        numbers = [int(m[1]) for name in self.folder.folders() if (m := re.fullmatch(r"round-(\d{3,})", name))]
+        return [self.round(number) for number in sorted(numbers)]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a store. Cheap, picklable, and usable from any number of processes."""
+
+    folder: Folder
+    number: int
+    _known_ids: dict[str, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
+    """Prompt ids of shards read before: a shard never changes, so asking again reads only new ones."""
+
+    def writer(
+        self,
+        provenance: Provenance,
+        *,
+        writer_id: str | None = None,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        shard_age_s: float | None = None,
+        codec: Codec = DEFAULT_CODEC,
+    ) -> TrajectoryWriter:
+        """A writer; see TrajectoryWriter. Sweeps the temporary files of dead writers of this machine.
+
+        Raises:
+            RoundSealedError: the round is sealed.
+            ProvenanceMismatchError: the round holds trajectories of another origin.
+        """
+        self.require_unsealed()
+        self._register(provenance)
+        self.folder.sweep(everything=False)
+        return TrajectoryWriter(
+            self,
+            provenance,
+            writer_id=writer_id,
+            shard_bytes=shard_bytes,
+            shard_age_s=shard_age_s,
+            codec=codec,
+        )
+
+    def reject(self, prompt_id: str, reason: str) -> None:
+        """Record that a prompt was given up on. Repeating it changes nothing; the first reason stays.
+
+        Raises:
+            RoundSealedError: the round is sealed.
+        """
+        self.require_unsealed()
+        name = hashlib.blake2b(prompt_id.encode(), digest_size=16).hexdigest() + ".json"
+        record = json.dumps({"prompt_id": prompt_id, "reason": reason}, sort_keys=True) + "\n"
+        self.folder.child(REJECTS_FOLDER).create(name, record.encode())
+
+    def rejects(self) -> dict[str, str]:
+        """Reason by prompt id for every prompt given up on."""
+        folder = self.folder.child(REJECTS_FOLDER)
+        names = sorted(name for name in folder.entries() if name.endswith(".json") and not name.startswith("."))
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            contents = list(pool.map(lambda name: bytes(folder.read(name)), names))
+        rejects = {}
+        for name, content in zip(names, contents, strict=True):
+            try:
+                record = json.loads(content)
+                rejects[str(record["prompt_id"])] = str(record["reason"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise CorruptShardError(f"{folder.path_of(name)} is not a readable reject record ({error})") from error
+        return rejects
+
+    def committed_ids(self) -> set[str]:
+        """Prompt ids in all published shards, sealed or not; reads the id columns only.
+
+        Raises:
+            CorruptShardError: names a damaged shard. Delete that file and its prompts are collected again.
+        """
+        names = self.shard_names()
+        unknown = [name for name in names if name not in self._known_ids]
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            self._known_ids.update(zip(unknown, pool.map(self._ids_of, unknown), strict=True))
+        return set().union(*(self._known_ids[name] for name in names))
+
+    def _ids_of(self, name: str) -> frozenset[str]:
+        file = ShardFile(self.folder, name, ["prompt_id"])
+        return frozenset(i for number in range(file.batches) for i in file.read_batch(number)["prompt_id"].to_pylist())
+
+    def shard_names(self) -> list[str]:
+        """Names of the published shards, sorted."""
+        return sorted(name for name in self.folder.entries() if ShardName.parse(name))
+
+    def seal(self, provenance: Provenance) -> Manifest:
+        """Fix the round's content: decide which rows count, write index and manifest. Sealing again changes nothing.
+
+        Raises:
+            ProvenanceMismatchError: the round holds trajectories of another origin.
+            CorruptShardError: names a damaged shard. Delete that file, collect again, then seal.
+        """
+        if self.is_sealed:
+            sealed = self.manifest
+            sealed.provenance.require_same_origin(provenance, self.folder.path)
+            return sealed
+        self._register(provenance)
+        manifest, index = build_manifest(self.folder, self.folder.entries(), provenance, set(self.rejects()))
+        self.folder.publish(manifest.index, index)
+        # Whoever creates the manifest first decides; the other sealer returns the winner's.
+        self.folder.create(MANIFEST_NAME, manifest.to_json().encode())
+        self.folder.sweep(everything=True)
+        return self.manifest
+
+    @property
+    def is_sealed(self) -> bool:
+        return self.folder.exists(MANIFEST_NAME)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The sealed round's manifest.
+
+        Raises:
+            RoundNotSealedError: there is none yet.
+        """
+        try:
+            content = bytes(self.folder.read(MANIFEST_NAME))
+        except MissingShardError as error:
+            raise RoundNotSealedError(f"{self.folder.path} is not sealed: it has no {MANIFEST_NAME}") from error
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            raise CorruptShardError(f"{self.folder.path_of(MANIFEST_NAME)} is damaged: {error}") from error
+        return Manifest.from_json(text, self.folder.path_of(MANIFEST_NAME))
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the round's rows have in common.
+
+        Raises:
+            RoundNotFoundError: nothing was ever written to the round.
+        """
+        try:
+            return Provenance.from_dict(json.loads(bytes(self.folder.read(PROVENANCE_NAME))))
+        except MissingShardError as error:
+            raise RoundNotFoundError(f"{self.folder.path} holds no round") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptShardError(f"{self.folder.path_of(PROVENANCE_NAME)} is damaged: {error}") from error
+
+    def reader(self, *, verify: bool = True, cache_bytes: int = DEFAULT_CACHE_BYTES) -> TrajectoryReader:
+        """A random-access reader of the sealed round; see TrajectoryReader.
+
+        Raises:
+            RoundNotSealedError: the round is not sealed.
+            CorruptShardError: manifest or index is damaged.
+        """
+        return TrajectoryReader(self.folder, self.manifest, verify=verify, cache_bytes=cache_bytes)
+
+    def require_unsealed(self) -> None:
+        """Raise RoundSealedError if the round is sealed."""
+        if self.is_sealed:
+            raise RoundSealedError(f"{self.folder.path} is sealed; write to another round")
+
+    def _register(self, provenance: Provenance) -> None:
+        if provenance.round_number != self.number:
+            raise InvalidNameError(f"provenance is of round {provenance.round_number}, this is round {self.number}")
+        if not self.folder.create(PROVENANCE_NAME, (provenance.to_json() + "\n").encode()):
+            self.provenance.require_same_origin(provenance, self.folder.path)
