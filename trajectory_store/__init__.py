@@ -16,8 +16,9 @@ from trajectory_store.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from trajectory_store.feed import FeedStep, Position, TrajectoryFeed
 from trajectory_store.manifest import Manifest, ShardEntry
-from trajectory_store.order import global_order
+from trajectory_store.order import balanced_shares, global_order, step_bounds
 from trajectory_store.provenance import Provenance
 from trajectory_store.reader import TrajectoryReader
 from trajectory_store.store import Round, TrajectoryStore
@@ -26,10 +27,12 @@ from trajectory_store.writer import TrajectoryWriter
 
 __all__ = [
     "CorruptShardError",
+    "FeedStep",
     "InvalidNameError",
     "InvalidTrajectoryError",
     "Manifest",
     "MissingShardError",
+    "Position",
     "Provenance",
     "ProvenanceMismatchError",
     "Round",
@@ -41,8 +44,11 @@ __all__ = [
     "StoreError",
     "StoreUnavailableError",
     "Trajectory",
+    "TrajectoryFeed",
     "TrajectoryReader",
     "TrajectoryStore",
     "TrajectoryWriter",
+    "balanced_shares",
     "global_order",
+    "step_bounds",
 ]

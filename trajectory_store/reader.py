@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,14 @@ from trajectory_store.trajectory import Trajectory
 
 DEFAULT_CACHE_BYTES = 256 << 20
 MAX_OPEN_SHARDS = 256
+
+
+@dataclass
+class OpenShard:
+    """A shard some thread has opened or is about to."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    file: ShardFile | None = None
 
 
 class TrajectoryReader:
@@ -36,8 +45,8 @@ class TrajectoryReader:
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
         self._cache: OrderedDict[tuple[int, int], RowBatch] = OrderedDict()
-        self._open: OrderedDict[int, ShardFile] = OrderedDict()
-        self._lock = threading.RLock()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -66,18 +75,23 @@ class TrajectoryReader:
         """
         if not -len(self) <= i < len(self):
             raise IndexError(f"row {i} of {len(self)} in {self._folder.path}")
+        i %= len(self)
         index = self._index
         shard, batch, row = int(index.shards[i]), int(index.batches[i]), int(index.rows[i])
-        trajectory = self._batch(shard, batch)[row]
-        if self._verify and trajectory.prompt_id != index.prompt_id(i % len(self)):
-            raise CorruptShardError(
-                f"{self._folder.path_of(self.manifest.shards[shard].name)} holds {trajectory.prompt_id!r} where the "
-                f"index says {index.prompt_id(i % len(self))!r}"
-            )
-        return trajectory
+        return self._checked(i, self._batch(shard, batch)[row])
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[i] for i in range(len(self)))
+
+    def scan(self) -> Iterator[Trajectory]:
+        """Every row once, in the order they are stored in: the fastest way to read a whole round."""
+        index = self._index
+        order = np.lexsort((index.rows, index.batches, index.shards))
+        starts = np.flatnonzero(np.diff(index.shards[order], prepend=-1) | np.diff(index.batches[order], prepend=-1))
+        for places in np.split(order, starts[1:]) if len(order) else ():
+            batch = self._decode(int(index.shards[places[0]]), int(index.batches[places[0]]))
+            for i, row in zip(places.tolist(), index.rows[places].tolist(), strict=True):
+                yield self._checked(i, batch[row])
 
     def prompt_id(self, i: int) -> str:
         """Prompt id of row i, without reading the row."""
@@ -88,25 +102,38 @@ class TrajectoryReader:
         i = self._index.find(prompt_id)
         return None if i is None else self[i]
 
+    def _checked(self, i: int, trajectory: Trajectory) -> Trajectory:
+        if self._verify and trajectory.prompt_id != self._index.prompt_id(i):
+            shard = self.manifest.shards[int(self._index.shards[i])]
+            raise CorruptShardError(
+                f"{self._folder.path_of(shard.name)} holds {trajectory.prompt_id!r} where the index says "
+                f"{self._index.prompt_id(i)!r}"
+            )
+        return trajectory
+
     def _batch(self, shard: int, number: int) -> RowBatch:
         key = (shard, number)
         with self._lock:
             if cached := self._cache.get(key):
                 self._cache.move_to_end(key)
                 return cached
-            batch = RowBatch(self._file(shard).read_batch(number))
+        batch = self._decode(shard, number)
+        with self._lock:
+            if key not in self._cache:
+                self._cached_bytes += batch.nbytes
             self._cache[key] = batch
-            self._cached_bytes += batch.nbytes
             while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-            return batch
+        return batch
 
-    def _file(self, shard: int) -> ShardFile:
-        if shard in self._open:
+    def _decode(self, shard: int, number: int) -> RowBatch:
+        # Shards are locked one by one, so that threads fetch and decode from several at a time.
+        with self._lock:
+            entry = self._open.setdefault(shard, OpenShard())
             self._open.move_to_end(shard)
-            return self._open[shard]
-        file = ShardFile(self._folder, self.manifest.shards[shard].name, verify=self._verify)
-        self._open[shard] = file
-        if len(self._open) > MAX_OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return file
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        with entry.lock:
+            if entry.file is None:
+                entry.file = ShardFile(self._folder, self.manifest.shards[shard].name, verify=self._verify)
+            return RowBatch(entry.file.read_batch(number))

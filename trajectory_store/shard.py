@@ -32,6 +32,7 @@ READABLE_BY = 1
 
 Codec = Literal["zstd", "lz4", "none"]
 DEFAULT_CODEC: Codec = "zstd"
+"""By measurement (docs/store.md): a third smaller than LZ4, a quarter of uncompressed, read faster than trained on."""
 ZSTD_LEVEL = 1
 
 SUMMARY_COLUMNS = ("prompt_id", "digest", "prompt_tokens", "response_tokens", "iteration_count")
@@ -66,8 +67,8 @@ class ShardName:
 
 
 def checksum_of(content: Any) -> str:
-    """Hash of a whole file, 32 hexadecimal digits."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    """SHA-256 of a whole file, its first 32 hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def schema(provenance: Provenance) -> pa.Schema:

@@ -47,7 +47,7 @@ class RoundStatistics:
 def round_statistics(round_: Round) -> RoundStatistics:
     """Statistics of a sealed round, every row read."""
     manifest = round_.manifest
-    return count(round_.reader(), manifest.provenance.block_size, manifest.rejects, manifest.bytes)
+    return count(round_.reader().scan(), manifest.provenance.block_size, manifest.rejects, manifest.bytes)
 
 
 def count(rows: Iterable[Trajectory], block_size: int, rejects: int, stored_bytes: int) -> RoundStatistics:

@@ -138,6 +138,8 @@ def normalised(trajectory: Trajectory, block_size: int) -> Trajectory:
 
 def _int32(prompt_id: str, name: str, values: object) -> IntArray:
     array = np.asarray(values)
+    if array.dtype == np.dtype("<i4") and array.ndim == 1:
+        return np.ascontiguousarray(array)
     if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
         raise InvalidTrajectoryError(
             f"{prompt_id!r}: {name} must be one-dimensional integers, got {array.dtype}{list(array.shape)}"
@@ -158,4 +160,4 @@ def digest(trajectory: Trajectory) -> bytes:
     arrays = [getattr(trajectory, name) for name in ARRAY_FIELDS]
     header = np.array([len(encoded_id), trajectory.finished, *map(len, arrays)], "<i8")
     parts = b"".join([header.tobytes(), encoded_id, *(array.tobytes() for array in arrays)])
-    return hashlib.blake2b(parts, digest_size=DIGEST_BYTES).digest()
+    return hashlib.sha256(parts).digest()[:DIGEST_BYTES]

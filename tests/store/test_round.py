@@ -40,6 +40,9 @@ def test_rows_come_back_in_order_of_prompt_id(round_: Round, provenance: Provena
     assert [reader[i] for i in range(len(reader))] == expected
     assert list(reader) == expected
     assert reader[-1] == expected[-1]
+    scanned = list(reader.scan())
+    assert sorted(t.prompt_id for t in scanned) == ids
+    assert set(scanned) == set(expected)
     assert reader.prompt_lengths.tolist() == [len(t.prompt) for t in expected]
     assert reader.response_lengths.tolist() == [len(t.response) for t in expected]
     assert reader.find("prompt-042") == expected[42]
@@ -194,6 +197,7 @@ def test_an_empty_round_can_be_sealed(round_: Round, provenance: Provenance) -> 
     reader = round_.reader()
     assert len(reader) == 0
     assert list(reader) == []
+    assert list(reader.scan()) == []
     assert reader.find("a") is None
 
 
