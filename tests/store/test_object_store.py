@@ -1,0 +1,159 @@
+"""The store on S3: a real S3-compatible server (moto) on loopback, reached through pyarrow's own S3 client."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow.fs as pafs
+import pytest
+
+from tests.store.conftest import make_provenance, make_trajectory
+from trajectory_store import (
+    CorruptShardError,
+    MissingShardError,
+    Provenance,
+    Round,
+    RoundSealedError,
+    StoreUnavailableError,
+    TrajectoryFeed,
+    TrajectoryStore,
+)
+from trajectory_store.__main__ import main
+from trajectory_store.verify import verify_round
+
+moto_server = pytest.importorskip("moto.server", reason="needs the dev extra: moto[server]")
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def url(endpoint: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    bucket = "b" + "".join(c for c in request.node.name.lower() if c.isalnum())[:50]
+    query = f"scheme=http&endpoint_override={endpoint}&region=us-east-1&allow_bucket_creation=true"
+    filesystem, path = pafs.FileSystem.from_uri(f"s3://{bucket}?{query}")
+    filesystem.create_dir(path)
+    return f"s3://{bucket}/runs/store?{query}"
+
+
+@pytest.fixture
+def s3(url: str) -> Round:
+    return TrajectoryStore(url).round(1)
+
+
+def write(round_: Round, provenance: Provenance, ids: list[str], **options: object) -> None:
+    with round_.writer(provenance, **options) as writer:  # type: ignore[arg-type]
+        for prompt_id in ids:
+            writer.append(make_trajectory(prompt_id))
+
+
+def test_a_round_lives_on_s3(s3: Round, url: str, provenance: Provenance, capsys: pytest.CaptureFixture[str]) -> None:
+    assert TrajectoryStore(url).rounds() == []
+    assert s3.committed_ids() == set()
+    ids = [f"p{i:02d}" for i in range(20)]
+    write(s3, provenance, ids[::2])
+    write(s3, provenance, ids[1::2])
+    s3.reject("x", "too long")
+    assert s3.committed_ids() == set(ids)
+    assert s3.rejects() == {"x": "too long"}
+    manifest = s3.seal(provenance)
+    assert (manifest.rows, manifest.rejects) == (20, 1)
+    assert list(s3.reader()) == [make_trajectory(i) for i in ids]
+    assert [r.number for r in TrajectoryStore(url).rounds()] == [1]
+    assert list(verify_round(s3)) == []
+    assert main(["ls", url]) == 0
+    assert "20 rows" in capsys.readouterr().out
+    with pytest.raises(RoundSealedError):
+        s3.writer(provenance)
+
+
+def test_the_same_rows_hash_the_same_on_s3_and_on_disk(s3: Round, round_: Round, provenance: Provenance) -> None:
+    for place in (s3, round_):
+        write(place, provenance, ["a", "b", "c"])
+    assert s3.seal(provenance).content_hash == round_.seal(provenance).content_hash
+
+
+def test_many_writers_at_once(s3: Round, provenance: Provenance) -> None:
+    def work(number: int) -> None:
+        write(s3, provenance, [f"p{i}" for i in range(number, number + 10)], writer_id=f"w{number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(16)))
+    manifest = s3.seal(provenance)
+    assert manifest.rows == 25
+    assert sum(shard.rows for shard in manifest.shards) == 160
+
+
+def test_a_listing_of_thousands_of_shards(s3: Round, provenance: Provenance) -> None:
+    """More than one page (1,000 keys) of S3's listing."""
+    write(s3, provenance, ["a"])
+    source = s3.folder.path_of(s3.shard_names()[0])
+    names = [f"shard-w{i}-000000-{i:032x}.arrow" for i in range(1100)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: s3.folder.filesystem.copy_file(source, s3.folder.path_of(name)), names))
+    assert len(s3.shard_names()) == 1101
+
+
+def test_simultaneous_seals_agree(s3: Round, provenance: Provenance) -> None:
+    write(s3, provenance, ["a", "b"])
+    barrier = threading.Barrier(4)
+
+    def seal(_: int) -> str:
+        barrier.wait()
+        return s3.seal(provenance).content_hash
+
+    with ThreadPoolExecutor(4) as pool:
+        hashes = set(pool.map(seal, range(4)))
+    assert hashes == {s3.manifest.content_hash}
+
+
+def test_an_exception_while_uploading_publishes_nothing(s3: Round, provenance: Provenance) -> None:
+    with pytest.raises(RuntimeError), s3.writer(provenance) as writer:
+        writer.append(make_trajectory("lost"))
+        raise RuntimeError
+    assert s3.shard_names() == []
+
+
+def test_damage_is_named(s3: Round, provenance: Provenance) -> None:
+    write(s3, provenance, [f"p{i}" for i in range(30)])
+    s3.seal(provenance)
+    name = s3.manifest.shards[0].name
+    content = bytearray(bytes(s3.folder.read(name)))
+    content[len(content) // 2] ^= 4
+    s3.folder.publish(name, bytes(content))
+    assert [finding.name for finding in verify_round(s3)] == [name]
+    with pytest.raises(CorruptShardError, match=name):
+        list(s3.reader())
+    s3.folder.delete(name)
+    with pytest.raises(MissingShardError, match=name):
+        list(s3.reader())
+
+
+def test_a_feed_streams_from_s3(s3: Round, provenance: Provenance) -> None:
+    for part in range(4):
+        write(s3, provenance, [f"p{part}-{i}" for i in range(25)])
+    s3.seal(provenance)
+    reader = s3.reader(cache_bytes=20_000)
+    with TrajectoryFeed(reader, seed=1, samples=10, threads=4, prefetch_steps=3) as feed:
+        ids = [t.prompt_id for step in feed for t in step.trajectories]
+    assert sorted(ids) == sorted(f"p{part}-{i}" for part in range(4) for i in range(25))
+
+
+def test_a_server_that_is_gone_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    url = "s3://nowhere/store?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1&connect_timeout=1"
+    with pytest.raises(StoreUnavailableError, match="nowhere/store"):
+        TrajectoryStore(url).round(1).writer(make_provenance())
