@@ -1,0 +1,81 @@
+"""Every attention backend equals the dense oracle, and the oracle equals separate ordinary forwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from jf_cluster.jacobi.attention import UnsupportedModelError, branch_attention
+from jf_cluster.jacobi.layout import Branch, Forest
+
+from .conftest import VOCABULARY
+
+FORESTS = (
+    Forest((10, 7, 12), (Branch(0, 3, 5), Branch(0, 10, 4), Branch(2, 6, 8), Branch(2, 1, 1))),
+    Forest((9,), ()),
+    Forest((1, 4), (Branch(0, 1, 6), Branch(1, 2, 3))),
+)
+
+
+def run(
+    model: PreTrainedModel, forest: Forest, tokens: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    model.zero_grad()
+    differentiable = backend != "flex"  # FlexAttention has no backward on CPU.
+    with branch_attention(model, backend), torch.set_grad_enabled(differentiable):
+        logits = model(input_ids=tokens, position_ids=forest.position_ids, use_cache=False, layout=forest).logits
+    if differentiable:
+        (logits.float().log_softmax(-1)[0, :, 1] * torch.linspace(0.5, 1.5, logits.shape[1])).sum().backward()
+    gradient = torch.cat([torch.zeros(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+    return logits.detach()[0], gradient
+
+
+@pytest.mark.parametrize("forest", FORESTS, ids=["three stems", "no branch", "short stems"])
+def test_the_oracle_equals_separate_forwards(model: PreTrainedModel, forest: Forest) -> None:
+    tokens = torch.randint(0, VOCABULARY, (1, forest.total_tokens), generator=torch.Generator().manual_seed(1))
+    logits, _ = run(model, forest, tokens, "dense")
+    stems = tokens[0].split([*forest.stem_lengths, *(b.length for b in forest.branches)])
+    offset = 0
+    for stem in stems[: len(forest.stem_lengths)]:
+        alone = model(input_ids=stem[None]).logits[0]
+        torch.testing.assert_close(logits[offset : offset + len(stem)], alone, atol=1e-4, rtol=1e-4)
+        offset += len(stem)
+    for branch, own in zip(forest.branches, stems[len(forest.stem_lengths) :], strict=True):
+        alone = model(input_ids=torch.cat([stems[branch.stem][: branch.start], own])[None]).logits[0, branch.start :]
+        torch.testing.assert_close(logits[offset : offset + branch.length], alone, atol=1e-4, rtol=1e-4)
+        offset += branch.length
+
+
+@pytest.mark.parametrize("forest", FORESTS, ids=["three stems", "no branch", "short stems"])
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_backends_equal_the_oracle(model: PreTrainedModel, backend: str, forest: Forest) -> None:
+    tokens = torch.randint(0, VOCABULARY, (1, forest.total_tokens), generator=torch.Generator().manual_seed(1))
+    expected, expected_gradient = run(model, forest, tokens, "dense")
+    logits, gradient = run(model, forest, tokens, backend)
+    # float32 sums in another order: a few units in the last place of logits of size 10.
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    if backend != "flex":
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-3, rtol=1e-3)
+
+
+def test_the_models_own_attention_is_back_afterwards(qwen2: PreTrainedModel) -> None:
+    before = qwen2.config._attn_implementation
+    with branch_attention(qwen2), pytest.raises(ValueError, match="layout="):
+        qwen2(input_ids=torch.tensor([[1, 2]]))
+    assert qwen2.config._attn_implementation == before
+
+
+def test_a_branch_must_hang_off_its_stem() -> None:
+    with pytest.raises(ValueError, match="does not hang off"):
+        Forest((4,), (Branch(0, 5, 1),))
+
+
+def test_sliding_window_models_are_refused() -> None:
+    config = Qwen2Config(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
+        num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=1,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="sliding_attention"), branch_attention(Qwen2ForCausalLM(config)):
+        pass
