@@ -1,0 +1,163 @@
+"""Models and tokenizers on disk: finding, loading, fingerprinting them, and the tokens that end a response.
+
+Weights are read from safetensors only. How a trained model is written is in `jf_cluster.train.export`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from jf_cluster.config import Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.tiktoken",
+    "*.model",
+)
+"""Glob patterns of the files a tokenizer consists of, over all tokenizer kinds of the hub."""
+VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
+"""Of these, every tokenizer has at least one."""
+MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+class ModelError(ValueError):
+    """A model or tokenizer that cannot be used; the message says which and what to do."""
+
+
+def resolve(path: str) -> Path:
+    """Directory that holds the model ``path`` names: itself, or a hub id's local snapshot (fetched when missing).
+
+    Raises:
+        ModelError: no such directory and not a hub id that can be fetched, or a directory without weights.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        if directory.is_absolute() or path.startswith(".") or path.count("/") != 1:
+            raise ModelError(f"no model at {path}: the directory does not exist")
+        directory = _snapshot(path)
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory} is not a model directory: it has no config.json")
+    if not any(directory.glob("*.safetensors")):
+        raise ModelError(
+            f"{directory} has no weights (*.safetensors); other formats are not read because they can run code "
+            "when loaded: convert them with transformers' save_pretrained"
+        )
+    return directory
+
+
+def _snapshot(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = [*MODEL_FILES, *TOKENIZER_FILES, "*.py"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(
+            f"no model {repository}: neither a local directory nor a model that can be fetched from the hub ({error})"
+        ) from error
+
+
+def load_model(config: Config, round_number: int, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Model ``round_number`` (0 is the base) in the configured dtype, in evaluation mode, on ``device``.
+
+    Raises:
+        ModelError: it is missing or incomplete.
+    """
+    from transformers import AutoModelForCausalLM
+
+    directory = resolve(config.model_dir(round_number))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=getattr(torch, config.model.dtype),
+            trust_remote_code=config.model.trust_remote_code,
+            use_safetensors=True,
+            attn_implementation="sdpa",  # for plain use; jacobi.attention puts its own in place where needed
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the model in {directory} cannot be loaded: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, which every round shares.
+
+    Raises:
+        ModelError: it is missing or cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    directory = resolve(config.model.base)
+    if not any(any(directory.glob(pattern)) for pattern in VOCABULARY_FILES):
+        # transformers would go on with a tokenizer that knows no words.
+        raise ModelError(f"{directory} has no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory} has no tokenizer that transformers can read: {error}") from error
+
+
+def model_hash(path: str) -> str:
+    """SHA-256 over names and contents of a model's weights and configuration; ``path`` as in :func:`resolve`.
+
+    Tokenizer and lineage files do not take part: the same weights give the same hash wherever they lie.
+    """
+    directory = resolve(path)
+    files = sorted(
+        {f for pattern in MODEL_FILES for f in directory.glob(pattern) if f.name != "generation_config.json"}
+    )
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(_file_digest, files))
+    whole = hashlib.sha256()
+    for file, digest in zip(files, digests, strict=True):
+        whole.update(f"{file.name}\0{digest}\n".encode())
+    return whole.hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what maps text to ids: the tokenizer's rules and vocabulary, its end token and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: object = sorted(tokenizer.get_vocab().items())
+    else:
+        # Padding and truncation are left behind by whoever called the tokenizer last; they are not its identity.
+        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    identity = {"rules": rules, "end": tokenizer.eos_token, "template": getattr(tokenizer, "chat_template", None)}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a response, ascending: all of the generation configuration's and the tokenizer's own.
+
+    Raises:
+        ModelError: neither names one, so no response would ever end by itself.
+    """
+    found: set[int] = set()
+    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    if not found:
+        raise ModelError(
+            "neither the model's generation_config.json nor its tokenizer names an end token (eos_token_id)"
+        )
+    return sorted(found)

@@ -1,0 +1,75 @@
+"""Micro-batches of the plan as tensors: rows of the store → samples → one packed batch on the rank's device.
+
+What is drawn for a sample is keyed by (seed, round, epoch, prompt id), never by a generator that remembers: a
+restarted rank, or another rank, builds the same sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from jf_cluster.config import Config
+from jf_cluster.jacobi.packing import PackedBatch, collate
+from jf_cluster.jacobi.samples import Noise, build_sample
+from jf_cluster.train.plan import MicroBatch, TrainingPlan
+
+if TYPE_CHECKING:
+    from trajectory_store import TrajectoryReader
+
+
+def sample_rng(seed: int, round_number: int, epoch: int, prompt_id: str) -> np.random.Generator:
+    """Counter-based generator of one sample's draws in one epoch."""
+    key = int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=8).digest(), "little")
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, round_number, epoch, key))))
+
+
+def length_bounds(reader: TrajectoryReader, draws: int) -> NDArray[np.int64]:
+    """Most tokens each row's sample can have, int64[N]: its clean stream and ``draws`` noisy copies of the response.
+
+    A bound, not the length: that depends on the draw, and the plan must be known before anything is drawn.
+    """
+    return reader.prompt_lengths + reader.response_lengths.astype(np.int64) * (1 + draws)
+
+
+class BatchSource:
+    """Builds the micro-batches of one rank, the next step's while the current one is being computed."""
+
+    def __init__(self, reader: TrajectoryReader, config: Config, round_number: int, device: torch.device) -> None:
+        self._reader, self._seed, self._round, self._device = reader, config.seed, round_number, device
+        self._noise = Noise(**config.noise.model_dump())
+        self._block_size = reader.manifest.provenance.block_size
+
+    def batch(self, micro_batch: MicroBatch) -> PackedBatch:
+        """One packed batch on the device."""
+        samples = []
+        for row in micro_batch.rows:
+            trajectory = self._reader[row]
+            rng = sample_rng(self._seed, self._round, micro_batch.epoch, trajectory.prompt_id)
+            samples.append(build_sample(trajectory, self._block_size, self._noise, rng))
+        return collate(samples).to(self._device)
+
+    def steps(
+        self, plan: TrainingPlan, first: int, last: int, rank: int, world_size: int
+    ) -> Iterator[tuple[int, int, list[PackedBatch]]]:
+        """Yield ``(step, epoch, batches)`` of ``rank`` for steps ``first`` to ``last - 1``, one step ahead."""
+
+        def build(step: int) -> tuple[int, int, list[PackedBatch]]:
+            share = plan.share(step, rank, world_size)
+            return step, share[0].epoch, [self.batch(micro_batch) for micro_batch in share]
+
+        waiting: deque[Future[tuple[int, int, list[PackedBatch]]]] = deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
+            for step in range(first, last):
+                waiting.append(pool.submit(build, step))
+                if len(waiting) > 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()

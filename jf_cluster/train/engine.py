@@ -1,0 +1,183 @@
+"""Everything that is particular to DeepSpeed: joining the group, its configuration, its engine around our loss.
+
+Private switches and work-arounds live here and nowhere else. The module is imported in the ranks only.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.integrations import HfDeepSpeedConfig
+
+from jf_cluster.config import Config
+from jf_cluster.jacobi.loss import forcing_loss
+from jf_cluster.models import load_model
+from jf_cluster.train.rendezvous import INIT_METHOD
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from transformers import PreTrainedModel
+
+    from jf_cluster.jacobi.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process's place among the ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def join_group(config: Config) -> Group:
+    """Meet the other ranks where `jf_cluster.train.rendezvous` said, on this rank's device."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = config.train.gpus_per_worker > 0
+    if on_gpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
+        # Private: without this, init_distributed compiles a C++ shared-memory communicator (70 s, needs a compiler).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo",
+        auto_mpi_discovery=False,
+        init_method=os.environ[INIT_METHOD],
+        rank=rank,
+        world_size=world_size,
+        verbose=False,
+    )
+    return Group(rank, world_size, device)
+
+
+def deepspeed_config(config: Config, world_size: int, load_universal: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run; what our configuration does not name keeps DeepSpeed's default."""
+    train = config.train
+    bf16 = config.model.dtype == "bfloat16"
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": train.zero.persistence_threshold,
+        # Communication on a side stream buys nothing without a GPU and costs bookkeeping in every step.
+        "overlap_comm": train.gpus_per_worker > 0,
+        "contiguous_gradients": train.gpus_per_worker > 0,
+    }
+    pin = train.gpus_per_worker > 0
+    if train.zero.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
+    if train.zero.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": train.micro_batches_per_step // world_size,
+        "gradient_clipping": train.gradient_clip,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        # Offloaded optimizer states are stepped by torch's AdamW: DeepSpeed's CPUAdam is compiled at run time.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "checkpoint": {"load_universal": load_universal, "tag_validation": "Ignore"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def rate_factor(step: int, config: Config) -> float:
+    """Share of the configured learning rate that optimizer step ``step`` (from 0) is taken with.
+
+    The first step already moves (transformers' schedules start at exactly zero), the last one still does. Written
+    here because importing transformers' schedules imports its whole trainer, two seconds of every start.
+    """
+    train = config.train
+    if step < train.warmup_steps:
+        return (step + 1) / (train.warmup_steps + 1)
+    done = min(1.0, (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
+    if train.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0 - done if train.schedule == "linear" else 1.0
+
+
+@dataclass(frozen=True)
+class _ModelParts:
+    """What the loss needs of a causal model, with the output head as a plain function."""
+
+    base_model: nn.Module
+    head: Callable[[Tensor], Tensor]
+
+    def get_output_embeddings(self) -> Callable[[Tensor], Tensor]:
+        return self.head
+
+
+class ForcingModule(nn.Module):
+    """A causal model whose forward is the forcing loss, so that DeepSpeed's hooks see one forward per micro-batch.
+
+    The loss applies the output head once per chunk of positions, and the number of chunks differs between ranks. As
+    a module, every application could gather the head's weight, a collective that the other ranks may not join: the
+    ranks would wait for each other for ever. So the weight is registered as this module's own, gathered once for
+    the whole forward and once for the whole backward, and the head is applied as a function.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk_tokens: int) -> None:
+        super().__init__()
+        self.model, self.chunk_tokens = model, chunk_tokens
+        for parameter in model.get_output_embeddings().parameters():
+            deepspeed.zero.register_external_parameter(self, parameter)
+
+    def forward(self, batch: PackedBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss to be minimised and, without gradient, the sums it is made of: float64[3].
+
+        Args:
+            batch: one micro-batch.
+            weights: float64[2], what a token's consistency and next-token loss weigh in the whole step.
+        """
+        head = self.model.get_output_embeddings()
+        parts = _ModelParts(self.model.base_model, lambda hidden: linear(hidden, head.weight, head.bias))
+        result = forcing_loss(parts, batch, chunk_tokens=self.chunk_tokens)
+        sums = torch.stack((result.consistency_sum, result.ar_sum))
+        loss = (sums * weights.to(sums.dtype)).sum()
+        return loss, torch.cat((sums.detach(), result.agreements.reshape(1))).double()
+
+
+def leave_group() -> None:
+    """Close the connections to the other ranks."""
+    if torch.distributed.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
+def build_engine(config: Config, round_number: int, group: Group, load_universal: bool) -> DeepSpeedEngine:
+    """The model that round ``round_number`` starts from, sharded over the group, with optimizer and schedule."""
+    settings = deepspeed_config(config, group.world_size, load_universal)
+    # Alive while from_pretrained runs, it makes transformers build the parameters already sharded.
+    sharded_loading = HfDeepSpeedConfig(settings)
+    model = load_model(config, round_number - 1)
+    del sharded_loading
+    model.train()
+    model.config.use_cache = False
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    train = config.train
+    module = ForcingModule(model, train.loss_chunk_tokens)
+    optimizer = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=train.learning_rate,
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
+    schedule = LambdaLR(optimizer, lambda step: rate_factor(step, config))
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
+    )
+    return engine

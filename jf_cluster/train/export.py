@@ -1,0 +1,106 @@
+"""Writing the trained model as a plain Hugging Face directory, from weights that are sharded over the ranks.
+
+Parameters are gathered one after another and written file by file, so no host ever holds more than one output file
+of weights besides its shards. The directory is complete before it gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jf_cluster.models import TOKENIZER_FILES, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_FILE_BYTES = 5 * 10**9
+
+
+def export_model(model: PreTrainedModel, target: Path, dtype: torch.dtype, base: str) -> None:
+    """Write ``model`` in ``dtype`` with the tokenizer of ``base`` to ``target``; all ranks call this together.
+
+    ``target`` must not exist on entry; what a killed export left of it is removed by whoever starts the ranks.
+    """
+    writes = dist.get_rank() == 0
+    if writes:
+        target.mkdir(parents=True)
+        model.config.use_cache = True
+        model.config.dtype = dtype
+        model.config.save_pretrained(target)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(target)
+        _copy_tokenizer(resolve(base), target)
+    files: list[list[str]] = []
+    sizes = 0
+    pending: dict[str, Tensor] = {}
+    pending_bytes = 0
+    for name, tensor in _full_tensors(model, writes):
+        if not writes:
+            continue
+        assert tensor is not None
+        stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        size = stored.numel() * stored.element_size()
+        if pending and pending_bytes + size > MAX_FILE_BYTES:
+            files.append(_write_part(target, len(files), pending))
+            pending, pending_bytes = {}, 0
+        pending[name] = stored
+        pending_bytes += size
+        sizes += size
+    if writes:
+        files.append(_write_part(target, len(files), pending))
+        _name_parts(target, files, sizes)
+    dist.barrier()
+
+
+def _full_tensors(model: PreTrainedModel, keep: bool) -> Iterator[tuple[str, Tensor | None]]:
+    """Whole tensors of the state dict one at a time, in a fixed order, CPU copies where ``keep``; tied ones once."""
+    persistent = set(model.state_dict().keys())
+    for name, parameter in model.named_parameters():  # names a tied parameter once
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole = parameter.detach().to("cpu", copy=True).contiguous() if keep else None
+        yield name, whole
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield name, buffer.detach().cpu().contiguous() if keep else None
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05d}.safetensors"
+
+
+def _write_part(target: Path, number: int, tensors: dict[str, Tensor]) -> list[str]:
+    save_file(tensors, target / _part(number), metadata={"format": "pt"})
+    (target / _part(number)).chmod(0o644)  # safetensors makes it private; others read models on shared storage
+    return list(tensors)
+
+
+def _name_parts(target: Path, files: list[list[str]], total_bytes: int) -> None:
+    """Give the files the names transformers looks for, which say how many there are, and index them."""
+    if len(files) == 1:
+        (target / _part(0)).rename(target / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for i, name in enumerate(names):
+        (target / _part(i)).rename(target / name)
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": {tensor: name for name, tensors in zip(names, files, strict=True) for tensor in tensors},
+    }
+    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for pattern in (*TOKENIZER_FILES, "*.py"):
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)

@@ -1,0 +1,90 @@
+"""Which samples each optimizer step consumes: a pure function of (sample lengths, seed, token budget).
+
+The plan is one endless sequence of micro-batches. Epoch after epoch, rows are taken in the store's global order,
+packed by token budget in windows of rows, and the micro-batches of a window are shuffled. Step ``s`` consumes
+micro-batches ``[s·G, (s+1)·G)``, whatever the world size; a rank takes every ``world_size``-th of them. So a position
+is one number, the step, and a run resumed on other ranks consumes the same samples. Reads no data, knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jf_cluster.jacobi.packing import pack
+from trajectory_store import global_order
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of the store that one forward pass takes together."""
+
+    epoch: int
+    rows: tuple[int, ...]
+
+
+class TrainingPlan:
+    """The sequence of micro-batches of a round.
+
+    Args:
+        lengths: int[N], an upper bound of each row's packed length in tokens.
+        seed: of the order; the same on every rank.
+        token_budget: most tokens in one micro-batch; a longer sample has a micro-batch to itself.
+        micro_batches_per_step: G, over all ranks.
+        window: rows packed together; larger windows waste less and mix epochs' order more.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.integer],
+        seed: int,
+        token_budget: int,
+        micro_batches_per_step: int,
+        window: int = 1024,
+    ) -> None:
+        if len(lengths) == 0:
+            raise ValueError("a plan needs at least one sample")
+        self._lengths = np.asarray(lengths)
+        self._seed, self._budget, self._per_step, self._window = seed, token_budget, micro_batches_per_step, window
+        self._source = self._generate()
+        self._drawn: list[MicroBatch] = []
+        self._first = 0  # position of _drawn[0] in the sequence
+
+    def step(self, step: int) -> tuple[MicroBatch, ...]:
+        """The G micro-batches of optimizer step ``step`` (from 0), in order. Cheap when called for rising steps."""
+        begin, end = step * self._per_step, (step + 1) * self._per_step
+        if begin < self._first:  # going back: the sequence is cheap to make again, and not worth keeping
+            self._source, self._drawn, self._first = self._generate(), [], 0
+        while self._first + len(self._drawn) < end:
+            self._drawn.append(next(self._source))
+            excess = min(begin - self._first, len(self._drawn))
+            if excess > 4 * self._window:
+                del self._drawn[:excess]
+                self._first += excess
+        return tuple(self._drawn[begin - self._first : end - self._first])
+
+    def share(self, step: int, rank: int, world_size: int) -> tuple[MicroBatch, ...]:
+        """What ``rank`` forwards in optimizer step ``step``: G / world_size micro-batches.
+
+        Raises:
+            ValueError: G is not a multiple of the world size.
+        """
+        if self._per_step % world_size:
+            raise ValueError(f"{self._per_step} micro-batches per step cannot be shared by {world_size} ranks")
+        return self.step(step)[rank::world_size]
+
+    def _generate(self) -> Iterator[MicroBatch]:
+        count, epoch = len(self._lengths), 0
+        while True:
+            order = global_order(count, self._seed, epoch)
+            for number, begin in enumerate(range(0, count, self._window)):
+                rows = order[begin : begin + self._window]
+                packed = pack([int(n) for n in self._lengths[rows]], self._budget)
+                # Packing sorts by length; without a shuffle every window would run from long samples to short ones.
+                mixed = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch, number))))
+                for k in mixed.permutation(len(packed)):
+                    yield MicroBatch(epoch, tuple(int(rows[i]) for i in packed[k]))
+            epoch += 1

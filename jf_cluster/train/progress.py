@@ -1,0 +1,78 @@
+"""Following the ranks from the driver: a progress bar for people, metrics for MLflow, both from the log of steps."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jf_cluster.tracking import StageRun
+from jf_cluster.train.steps_log import StepRecord, StepsFollower
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+_FIGURES = "loss {loss:.3f} · consistency {consistency:.3f} · ar {ar:.3f} · {rate:,.0f} tokens/s"
+
+
+class _Follower:
+    def __init__(self, path: Path, steps: int, stage: StageRun, first_unlogged: int) -> None:
+        self._steps, self._stage, self._logged = steps, stage, first_unlogged - 1
+        self._follower = StepsFollower(path)
+        # About 200 points a curve: more makes MLflow slow and shows nothing.
+        self._every = max(1, steps // 200)
+        self._console = Console(stderr=True)
+        self._said = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+
+    def run(self, title: str, stop: threading.Event) -> None:
+        with self._bar:
+            task = self._bar.add_task(title, total=self._steps, figures="starting ranks")
+            ended = False
+            while not ended:
+                ended = stop.wait(POLL_S)
+                last = None
+                for last in self._follower.new_records():
+                    if last.step > self._logged and (last.step % self._every == 0 or last.step == self._steps):
+                        self._logged = last.step
+                        self._stage.metrics(_metrics(last), step=last.step)
+                if last is not None:
+                    figures = _FIGURES.format(**asdict(last), rate=last.tokens / last.seconds)
+                    self._bar.update(task, completed=last.step, figures=figures)
+                    if not self._console.is_terminal and last.step * 10 // self._steps > self._said:
+                        self._said = last.step * 10 // self._steps  # a log file gets ten lines instead of a bar
+                        logger.info("%s: step %d of %d, %s", title, last.step, self._steps, figures)
+
+
+def _metrics(record: StepRecord) -> dict[str, float]:
+    values = {f"train/{name}": value for name, value in asdict(record).items() if name != "step"}
+    return {**values, "train/tokens_per_s": record.tokens / record.seconds}
+
+
+@contextmanager
+def followed(path: Path, steps: int, title: str, stage: StageRun) -> Iterator[None]:
+    """Show and record the log of steps at ``path`` while the block runs, from a thread of its own."""
+    follower = _Follower(path, steps, stage, first_unlogged=stage.last_step("train/loss") + 1)
+    stop = threading.Event()
+    thread = threading.Thread(target=follower.run, args=(title, stop), name="training-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,58 @@
+"""One optimizer step over all ranks, weighted so that the result does not depend on how many ranks share it.
+
+The losses are means per token over the whole step: sums of all micro-batches of all ranks divided by counts of all
+micro-batches of all ranks. A mean of per-rank means would weigh a token by the company it happens to be in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from jf_cluster.jacobi.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one step over all ranks; losses are means per token."""
+
+    loss: float
+    consistency: float
+    ar: float
+    agreement: float
+    gradient_norm: float
+    tokens: int
+
+
+def train_step(engine: DeepSpeedEngine, batches: list[PackedBatch], ar_weight: float) -> StepResult:
+    """Forward, backward and update; every rank calls it with its share of the step's micro-batches."""
+    device = engine.device
+    counts = torch.tensor(
+        [[b.noisy_tokens, b.clean_tokens, b.total_tokens] for b in batches], dtype=torch.float64, device=device
+    ).sum(dim=0)
+    dist.all_reduce(counts)
+    # DeepSpeed averages over the ranks and over the accumulated micro-batches; the losses are already over all.
+    undo_mean = dist.get_world_size() * engine.gradient_accumulation_steps()
+    weights = torch.stack((1.0 / counts[0].clamp(min=1), ar_weight / counts[1].clamp(min=1))) * undo_mean
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for batch in batches:
+        loss, parts = engine(batch, weights)
+        engine.backward(loss)
+        sums += parts
+        engine.step()
+    dist.all_reduce(sums)
+    consistency, ar = sums[0] / counts[0].clamp(min=1), sums[1] / counts[1].clamp(min=1)
+    return StepResult(
+        loss=float(consistency + ar_weight * ar),
+        consistency=float(consistency),
+        ar=float(ar),
+        agreement=float(sums[2] / counts[0].clamp(min=1)),
+        gradient_norm=float(engine.get_global_grad_norm()),
+        tokens=int(counts[2]),
+    )

@@ -1,0 +1,55 @@
+"""The plan is a pure function of lengths, seed and budget, and every world size shares the same steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jf_cluster.train.plan import TrainingPlan
+
+LENGTHS = np.random.default_rng(0).integers(10, 100, 57)
+
+
+def plan(seed: int = 1, per_step: int = 4, window: int = 16) -> TrainingPlan:
+    return TrainingPlan(LENGTHS, seed, token_budget=200, micro_batches_per_step=per_step, window=window)
+
+
+def test_the_same_inputs_give_the_same_steps_in_whatever_order_they_are_asked_for() -> None:
+    forward = [plan().step(s) for s in range(20)]
+    one = plan()
+    assert [one.step(s) for s in reversed(range(20))] == forward[::-1]
+    assert [one.step(s) for s in (7, 19, 3)] == [forward[s] for s in (7, 19, 3)]
+    assert [plan(seed=2).step(s) for s in range(20)] != forward
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_a_step_without_loss_or_overlap(world_size: int) -> None:
+    for step in range(10):
+        shares = [plan().share(step, rank, world_size) for rank in range(world_size)]
+        assert len({len(share) for share in shares}) == 1
+        together = [micro_batch for share in shares for micro_batch in share]
+        assert sorted(together, key=lambda m: m.rows) == sorted(plan().step(step), key=lambda m: m.rows)
+
+
+def test_a_world_size_that_does_not_divide_the_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="4 micro-batches per step cannot be shared by 3 ranks"):
+        plan().share(0, 0, 3)
+
+
+def test_every_epoch_has_every_row_once_within_the_budget() -> None:
+    micro_batches = [m for step in range(60) for m in plan().step(step)]
+    for epoch in range(micro_batches[-1].epoch):  # the last one is cut
+        of_epoch = [m for m in micro_batches if m.epoch == epoch]
+        assert sorted(row for m in of_epoch for row in m.rows) == list(range(len(LENGTHS)))
+        assert all(LENGTHS[list(m.rows)].sum() <= 200 for m in of_epoch)
+    first, second = ([m.rows for m in micro_batches if m.epoch == epoch] for epoch in (0, 1))
+    assert first != second
+
+
+def test_a_long_run_keeps_only_a_few_windows_in_memory() -> None:
+    one = plan(window=4)
+    for step in range(500):
+        one.step(step)
+    assert len(one._drawn) < 8 * 4 + 8
+    assert one.step(499) == plan(window=4).step(499)
+    assert one.step(0) == plan(window=4).step(0)

@@ -1,0 +1,62 @@
+"""What ranks compute together: sharded, resumable, the same however many they are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jf_cluster.config import Config
+from jf_cluster.train.steps_log import read_steps
+from jf_cluster.train.worker import RankJob
+from tests.train.conftest import Ranks, job_of, seal
+
+
+def losses(job: RankJob) -> list[tuple[int, float, float, float]]:
+    return [(r.step, r.loss, r.consistency, r.gradient_norm) for r in read_steps(Path(job.steps_log))]
+
+
+def weights(job: RankJob) -> dict[str, torch.Tensor]:
+    return load_file(Path(job.export) / "model.safetensors")
+
+
+@pytest.fixture
+def sealed(configured: Callable[..., Config]) -> Config:
+    config = configured()
+    seal(config)
+    return config
+
+
+def rewind(job: RankJob, directory: Path, to_step: int) -> RankJob:
+    """A copy of a finished job as if its ranks had died after checkpoint ``to_step``, with debris of the next one."""
+    copied = RankJob(**(vars(job) | {n: str(directory / n) for n in ("checkpoints", "steps_log", "export")}))
+    shutil.copytree(job.checkpoints, copied.checkpoints)
+    shutil.copyfile(job.steps_log, copied.steps_log)
+    for path in Path(copied.checkpoints).glob("step-*"):
+        if int(path.name[5:11]) > to_step:
+            (path / "complete.json").unlink()
+            next(path.glob("*.pt")).write_bytes(b"cut off")
+    return copied
+
+
+def test_resumed_and_uninterrupted_and_other_world_sizes_agree(sealed: Config, ranks: Ranks, tmp_path: Path) -> None:
+    whole = job_of(sealed, tmp_path / "whole")
+    ranks.train(whole, world_size=2)
+    reference = losses(whole)
+    assert [step for step, *_ in reference] == [1, 2, 3, 4, 5, 6]
+    assert reference[-1][1] < reference[0][1] - 0.5
+
+    resumed = rewind(whole, tmp_path / "resumed", to_step=4)
+    ranks.train(resumed, world_size=2)
+    assert losses(resumed) == reference
+    assert all(torch.equal(w, weights(resumed)[n]) for n, w in weights(whole).items())
+
+    alone = job_of(sealed, tmp_path / "alone")
+    ranks.train(alone, world_size=1)
+    # Sums in another order: float32 rounding of gradients, which AdamW's normalisation carries into the weights.
+    torch.testing.assert_close(torch.tensor(losses(alone)), torch.tensor(reference), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weights(alone), weights(whole), rtol=1e-3, atol=1e-3)
