@@ -24,6 +24,7 @@ from trajectory_store.errors import (
     RoundNotFoundError,
     RoundNotSealedError,
     RoundSealedError,
+    StoreUnavailableError,
 )
 from trajectory_store.folder import Folder
 from trajectory_store.manifest import MANIFEST_NAME, Manifest
@@ -205,6 +206,15 @@ class Round:
         """Raise RoundSealedError if the round is sealed."""
         if self.is_sealed:
             raise RoundSealedError(f"{self.folder.path} is sealed; write to another round")
+
+    def require_writable(self) -> None:
+        """Raise RoundSealedError if the round is sealed, StoreUnavailableError if it vanished under a writer."""
+        self.require_unsealed()
+        if not self.folder.exists(PROVENANCE_NAME):
+            raise StoreUnavailableError(
+                f"{self.folder.path} vanished while it was being written to (no {PROVENANCE_NAME}); what is still "
+                "buffered was not written, so that a half-empty round is not taken for a whole one"
+            )
 
     def _register(self, provenance: Provenance) -> None:
         if provenance.round_number != self.number:

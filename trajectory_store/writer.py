@@ -118,7 +118,7 @@ class TrajectoryWriter:
         return name
 
     def _publish(self, content: pa.Buffer) -> str:
-        self._round.require_unsealed()
+        self._round.require_writable()
         name = str(ShardName(self.writer_id, self._sequence, checksum_of(content)))
         self._round.folder.publish(name, content)
         if self._round.is_sealed and name not in {shard.name for shard in self._round.manifest.shards}:

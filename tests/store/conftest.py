@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +53,12 @@ def make_trajectory(
         accepted=np.array(accepted, np.int32),
         tails=np.concatenate(tails),
     )
+
+
+def memory_folder() -> str:
+    """A temporary folder in memory where there is one, for tests that would flush to disk thousands of times."""
+    memory = Path("/dev/shm")
+    return tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None)
 
 
 @pytest.fixture
