@@ -208,6 +208,25 @@ class Folder:
             ) from error
 
 
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A temporary local path to write to; it becomes `target` when the block ends well and is removed otherwise.
+
+    Raises:
+        StoreUnavailableError: the file cannot be written.
+    """
+    temporary = target.with_name(_temporary_name(target.name))
+    try:
+        yield temporary
+        temporary.replace(target)
+    except OSError as error:
+        if isinstance(error, StoreUnavailableError):
+            raise
+        raise StoreUnavailableError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def host_name() -> str:
     """This machine's name, reduced to what file names and ids may hold."""
     return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40] or "host"

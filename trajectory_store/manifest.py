@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import ipc
 
-from trajectory_store.errors import CorruptShardError, SchemaVersionError
+from trajectory_store.errors import CorruptShardError, MissingShardError, RoundNotSealedError, SchemaVersionError
 from trajectory_store.folder import Folder
 from trajectory_store.provenance import Provenance
 from trajectory_store.shard import READABLE_BY, SCHEMA_VERSION, checksum_of
@@ -113,6 +113,22 @@ class Manifest:
             index=values["index"],
             shards=tuple(ShardEntry(s["name"], s["rows"], s["bytes"], s["checksum"]) for s in values["shards"]),
         )
+
+
+def read_manifest(folder: Folder) -> Manifest:
+    """The manifest in a round's folder.
+
+    Raises:
+        RoundNotSealedError: there is none.
+        CorruptShardError: it is damaged.
+    """
+    where = folder.path_of(MANIFEST_NAME)
+    try:
+        return Manifest.from_json(bytes(folder.read(MANIFEST_NAME)).decode(), where)
+    except MissingShardError as error:
+        raise RoundNotSealedError(f"{folder.path} is not sealed: it has no {MANIFEST_NAME}") from error
+    except UnicodeDecodeError as error:
+        raise CorruptShardError(f"{where} is damaged: {error}") from error
 
 
 def content_hash(index: pa.Table) -> str:

@@ -61,7 +61,7 @@ def canonical_index(summaries: Sequence[pa.Table]) -> pa.Table:
 def build_manifest(
     folder: Folder, sizes: Mapping[str, int], provenance: Provenance, rejected: set[str]
 ) -> tuple[Manifest, pa.Buffer]:
-    """The manifest over a round's shards (file sizes by name) and the bytes of its index.
+    """The manifest over shards (file sizes by name; other names are ignored) and the bytes of its index.
 
     The content hash and the order of rows depend on the rows alone.
     """

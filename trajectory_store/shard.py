@@ -107,9 +107,9 @@ class ShardEncoder:
     def size_bytes(self) -> int:
         return int(self._sink.tell())
 
-    def add(self, rows: Sequence[Trajectory]) -> None:
+    def add(self, rows: Sequence[Trajectory], iteration_counts: Sequence[int]) -> None:
         """Append the rows as one record batch."""
-        batch = pa.record_batch(_columns(rows), schema=self._schema)
+        batch = record_batch(rows, iteration_counts, self._schema)
         checksums = {name: str(_crc(batch.column(i), self._batches, name)) for i, name in enumerate(batch.schema.names)}
         self._writer.write_batch(batch, custom_metadata={"crc32": json.dumps(checksums)})
         self._batches += 1
@@ -121,7 +121,13 @@ class ShardEncoder:
         return self._sink.getvalue()
 
 
-def _columns(rows: Sequence[Trajectory]) -> list[pa.Array]:
+def record_batch(rows: Sequence[Trajectory], iteration_counts: Sequence[int], columns: pa.Schema) -> pa.RecordBatch:
+    """Normalised rows as Arrow columns.
+
+    Args:
+        iteration_counts: iterations the row's blocks needed together; more than it stores when it was thinned.
+    """
+
     def ragged(name: str) -> pa.Array:
         arrays = [getattr(row, name) for row in rows]
         offsets = np.zeros(len(rows) + 1, np.int32)
@@ -129,15 +135,18 @@ def _columns(rows: Sequence[Trajectory]) -> list[pa.Array]:
         item_type = pa.list_(pa.field("item", pa.int32(), nullable=False))
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)), type=item_type)
 
-    return [
-        pa.array([row.prompt_id for row in rows], pa.string()),
-        pa.array([digest(row) for row in rows], pa.binary()),
-        pa.array([len(row.prompt) for row in rows], pa.int32()),
-        pa.array([len(row.response) for row in rows], pa.int32()),
-        pa.array([len(row.accepted) for row in rows], pa.int32()),
-        pa.array([row.finished for row in rows], pa.bool_()),
-        *(ragged(name) for name in LIST_COLUMNS),
-    ]
+    return pa.record_batch(
+        [
+            pa.array([row.prompt_id for row in rows], pa.string()),
+            pa.array([digest(row) for row in rows], pa.binary()),
+            pa.array([len(row.prompt) for row in rows], pa.int32()),
+            pa.array([len(row.response) for row in rows], pa.int32()),
+            pa.array(iteration_counts, pa.int32()),
+            pa.array([row.finished for row in rows], pa.bool_()),
+            *(ragged(name) for name in LIST_COLUMNS),
+        ],
+        schema=columns,
+    )
 
 
 def _crc(column: pa.Array, batch_number: int, name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,8 @@ class RoundStatistics:
 def round_statistics(round_: Round) -> RoundStatistics:
     """Statistics of a sealed round, every row read."""
     manifest = round_.manifest
-    return count(round_.reader().scan(), manifest.provenance.block_size, manifest.rejects, manifest.bytes)
+    stored = count(round_.reader().scan(), manifest.provenance.block_size, manifest.rejects, manifest.bytes)
+    return replace(stored, iterations=manifest.iterations)  # a thinned round stores fewer iterates than there were
 
 
 def count(rows: Iterable[Trajectory], block_size: int, rejects: int, stored_bytes: int) -> RoundStatistics:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -22,12 +23,11 @@ from trajectory_store.errors import (
     InvalidNameError,
     MissingShardError,
     RoundNotFoundError,
-    RoundNotSealedError,
     RoundSealedError,
     StoreUnavailableError,
 )
 from trajectory_store.folder import Folder
-from trajectory_store.manifest import MANIFEST_NAME, Manifest
+from trajectory_store.manifest import MANIFEST_NAME, Manifest, read_manifest
 from trajectory_store.provenance import Provenance
 from trajectory_store.reader import DEFAULT_CACHE_BYTES, TrajectoryReader
 from trajectory_store.seal import READ_THREADS, build_manifest
@@ -74,8 +74,16 @@ class Round:
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         shard_age_s: float | None = None,
         codec: Codec = DEFAULT_CODEC,
+        noise_ratios: Sequence[float] | None = None,
     ) -> TrajectoryWriter:
         """A writer; see TrajectoryWriter. Sweeps the temporary files of dead writers of this machine.
+
+        Args:
+            writer_id: name for the shards' files; by default one that is unique.
+            shard_bytes: size at which a shard is committed by itself.
+            shard_age_s: time after which buffered rows are committed at the next append.
+            codec: compression of the shards.
+            noise_ratios: keep only the iterates nearest to one of these (see thinning); by default all.
 
         Raises:
             RoundSealedError: the round is sealed.
@@ -91,6 +99,7 @@ class Round:
             shard_bytes=shard_bytes,
             shard_age_s=shard_age_s,
             codec=codec,
+            noise_ratios=noise_ratios,
         )
 
     def reject(self, prompt_id: str, reason: str) -> None:
@@ -169,15 +178,7 @@ class Round:
         Raises:
             RoundNotSealedError: there is none yet.
         """
-        try:
-            content = bytes(self.folder.read(MANIFEST_NAME))
-        except MissingShardError as error:
-            raise RoundNotSealedError(f"{self.folder.path} is not sealed: it has no {MANIFEST_NAME}") from error
-        try:
-            text = content.decode()
-        except UnicodeDecodeError as error:
-            raise CorruptShardError(f"{self.folder.path_of(MANIFEST_NAME)} is damaged: {error}") from error
-        return Manifest.from_json(text, self.folder.path_of(MANIFEST_NAME))
+        return read_manifest(self.folder)
 
     @property
     def provenance(self) -> Provenance:

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -15,6 +16,7 @@ from trajectory_store.errors import InvalidNameError, RoundSealedError, StoreErr
 from trajectory_store.folder import host_name
 from trajectory_store.provenance import Provenance
 from trajectory_store.shard import DEFAULT_CODEC, Codec, ShardEncoder, ShardName, checksum_of
+from trajectory_store.thinning import thinned
 from trajectory_store.trajectory import Trajectory, normalised
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class TrajectoryWriter:
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         shard_age_s: float | None = None,
         codec: Codec = DEFAULT_CODEC,
+        noise_ratios: Sequence[float] | None = None,
     ) -> None:
         if writer_id is None:
             writer_id = f"{host_name()}_{os.getpid()}_{secrets.token_hex(3)}"
@@ -62,12 +65,14 @@ class TrajectoryWriter:
         self._shard_bytes = shard_bytes
         self._shard_age_s = shard_age_s
         self._codec: Codec = codec
+        self._noise_ratios = noise_ratios
         self._sequence = 0
         self._closed = False
         self._reset()
 
     def _reset(self) -> None:
         self._rows: list[Trajectory] = []
+        self._iteration_counts: list[int] = []
         self._rows_bytes = 0
         self._encoder: ShardEncoder | None = None
         self._finished: list[FinishedShard] = []
@@ -90,6 +95,9 @@ class TrajectoryWriter:
         if not self._ids:
             self._oldest = time.monotonic()
         self._ids.add(row.prompt_id)
+        self._iteration_counts.append(len(row.accepted))
+        if self._noise_ratios is not None:
+            row = thinned(row, self._provenance.block_size, self._noise_ratios)
         self._rows.append(row)
         self._rows_bytes += row.nbytes
         if self._rows_bytes >= BATCH_BYTES:
@@ -154,6 +162,6 @@ class TrajectoryWriter:
         if self._rows:
             if self._encoder is None:
                 self._encoder = ShardEncoder(self._provenance, self._codec)
-            self._encoder.add(self._rows)
-            self._rows = []
+            self._encoder.add(self._rows, self._iteration_counts)
+            self._rows, self._iteration_counts = [], []
             self._rows_bytes = 0

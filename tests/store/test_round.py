@@ -244,5 +244,5 @@ def test_memory_of_the_cache_is_bounded(round_: Round, provenance: Provenance) -
     reader = round_.reader(cache_bytes=4000)
     expected = [make_trajectory(i) for i in ids]
     assert [reader[i] for i in reversed(range(30))] == expected[::-1]
-    assert reader._cached_bytes <= 4000
+    assert reader._layout._cached_bytes <= 4000
     assert pa.total_allocated_bytes() < 50_000_000
