@@ -12,7 +12,7 @@ from dataclasses import replace
 from trajectory_store.errors import StoreError
 from trajectory_store.manifest import MANIFEST_NAME, Manifest
 from trajectory_store.seal import build_manifest
-from trajectory_store.shard import DEFAULT_CODEC, Codec, ShardEncoder, ShardName, checksum_of
+from trajectory_store.shard import DEFAULT_CODEC, Codec, ShardEncoder, ShardName
 from trajectory_store.store import Round
 from trajectory_store.writer import BATCH_BYTES
 
@@ -43,7 +43,7 @@ def _rewrite(round_: Round, shard_bytes: int, codec: Codec) -> dict[str, int]:
     """Publish the rows again, in canonical order; sizes of the new shards by name."""
     reader = round_.reader()
     sizes: dict[str, int] = {}
-    encoder = ShardEncoder(reader.manifest.provenance, codec)
+    encoder = ShardEncoder(reader.manifest.provenance, WRITER_ID, 0, codec)
     pending, counts, pending_bytes = [], [], 0
     for i, row in enumerate(reader):
         pending.append(row)
@@ -54,11 +54,10 @@ def _rewrite(round_: Round, shard_bytes: int, codec: Codec) -> dict[str, int]:
             encoder.add(pending, counts)
             pending, counts, pending_bytes = [], [], 0
         if last or encoder.size_bytes >= shard_bytes:
-            content = encoder.finish()
-            name = str(ShardName(WRITER_ID, len(sizes), checksum_of(content)))
-            round_.folder.publish(name, content)
-            sizes[name] = len(content)
-            encoder = ShardEncoder(reader.manifest.provenance, codec)
+            shard = encoder.finish()
+            round_.folder.publish(shard.name, shard.content)
+            sizes[shard.name] = len(shard.content)
+            encoder = ShardEncoder(reader.manifest.provenance, WRITER_ID, len(sizes), codec)
     return sizes
 
 

@@ -11,7 +11,7 @@ from trajectory_store.folder import TEMPORARY_PREFIX
 from trajectory_store.manifest import MANIFEST_NAME, Manifest, RowIndex
 from trajectory_store.provenance import Provenance
 from trajectory_store.seal import canonical_index, shard_summary
-from trajectory_store.shard import RowBatch, ShardFile, ShardName, checksum_of
+from trajectory_store.shard import COLUMNS, RowBatch, ShardFile, ShardName, checksum_of
 from trajectory_store.store import PROVENANCE_NAME, Round
 from trajectory_store.trajectory import digest, normalised
 
@@ -64,7 +64,7 @@ def _verify_shard(round_: Round, name: str, parsed: ShardName, provenance: Prove
         if checksum_of(content) != parsed.checksum:
             yield Finding("bad", name, f"its {len(content)} bytes do not have the checksum in its name")
             return
-        file = ShardFile(round_.folder, name)
+        file = ShardFile(round_.folder, name, COLUMNS)
         file.provenance.require_same_origin(provenance, file.where)
         for number in range(file.batches):
             batch = file.read_batch(number)

@@ -8,14 +8,12 @@ import secrets
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Self
 
 from trajectory_store.errors import InvalidNameError, RoundSealedError, StoreError
 from trajectory_store.folder import host_name
 from trajectory_store.provenance import Provenance
-from trajectory_store.shard import DEFAULT_CODEC, Codec, ShardEncoder, ShardName, checksum_of
+from trajectory_store.shard import DEFAULT_CODEC, Codec, FinishedShard, ShardEncoder
 from trajectory_store.thinning import thinned
 from trajectory_store.trajectory import Trajectory, normalised
 
@@ -23,15 +21,8 @@ if TYPE_CHECKING:
     from trajectory_store.store import Round
 
 DEFAULT_SHARD_BYTES = 64 << 20
-BATCH_BYTES = 256 << 10
+BATCH_BYTES = 512 << 10
 """Token bytes (before compression) in a record batch: the unit of random access."""
-
-
-class FinishedShard(NamedTuple):
-    """A shard's bytes that wait to be published."""
-
-    content: pa.Buffer
-    rows: int
 
 
 class TrajectoryWriter:
@@ -116,25 +107,23 @@ class TrajectoryWriter:
         """
         self._encode_rows()
         if self._encoder is not None:
-            self._finished.append(FinishedShard(self._encoder.finish(), self._encoder.rows))
+            self._finished.append(self._encoder.finish())
             self._encoder = None
         name = None
         while self._finished:
-            name = self._publish(self._finished[0].content)
+            self._publish(self._finished[0])
+            name = self._finished[0].name
             self.committed_rows += self._finished.pop(0).rows
         self._reset()
         return name
 
-    def _publish(self, content: pa.Buffer) -> str:
+    def _publish(self, shard: FinishedShard) -> None:
         self._round.require_writable()
-        name = str(ShardName(self.writer_id, self._sequence, checksum_of(content)))
-        self._round.folder.publish(name, content)
-        if self._round.is_sealed and name not in {shard.name for shard in self._round.manifest.shards}:
+        self._round.folder.publish(shard.name, shard.content)
+        if self._round.is_sealed and shard.name not in {entry.name for entry in self._round.manifest.shards}:
             # Sealed between the check and the publish: the shard came too late and is debris.
-            self._round.folder.delete(name)
-            raise RoundSealedError(f"{self._round.folder.path} was sealed while {name} was being written")
-        self._sequence += 1
-        return name
+            self._round.folder.delete(shard.name)
+            raise RoundSealedError(f"{self._round.folder.path} was sealed while {shard.name} was being written")
 
     def discard(self) -> None:
         """Forget what is buffered."""
@@ -161,7 +150,8 @@ class TrajectoryWriter:
     def _encode_rows(self) -> None:
         if self._rows:
             if self._encoder is None:
-                self._encoder = ShardEncoder(self._provenance, self._codec)
+                self._encoder = ShardEncoder(self._provenance, self.writer_id, self._sequence, self._codec)
+                self._sequence += 1
             self._encoder.add(self._rows, self._iteration_counts)
             self._rows, self._iteration_counts = [], []
             self._rows_bytes = 0
