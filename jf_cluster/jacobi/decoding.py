@@ -240,4 +240,4 @@ class _Batch:
         return chosen
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.require(array, requirements="CW")).to(self.model.device)
+        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self.model.device)

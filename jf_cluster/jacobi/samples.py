@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from trajectory_store import Trajectory
 
 IntArray = NDArray[np.int64]
