@@ -1,0 +1,65 @@
+"""``python -m bench.collect``: collecting trajectories, ours against the published procedure, on the same prompts.
+
+Ours writes all responses in one batch and then iterates all blocks of all of them at the same time.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bench import published, tiny_inputs
+from bench.measure import alternate, median, parser, ratio, report
+from jf_cluster.jacobi.responses import generate_responses
+from jf_cluster.jacobi.trajectories import trace
+
+
+def main() -> None:
+    p = parser(__doc__ or "")
+    p.add_argument("--model", default=str(tiny_inputs.TINY))
+    p.add_argument("--prompts", type=int, default=64)
+    p.add_argument("--published-prompts", type=int, default=8, help="the published side handles this many of them")
+    p.add_argument("--block-size", type=int, default=16)
+    p.add_argument("--max-new-tokens", type=int, default=192)
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    model = tiny_inputs.load(args.model, args.device)
+    prompts, end = tiny_inputs.prompts(args.model, args.prompts)
+    keys = range(len(prompts))
+    responses = generate_responses(model, prompts, max_new_tokens=args.max_new_tokens, end_ids=[end])
+
+    def ours_generation() -> None:
+        generate_responses(model, prompts, max_new_tokens=args.max_new_tokens, end_ids=[end])
+
+    def ours_trajectories() -> None:
+        trace(model, prompts, [r.tokens for r in responses], block_size=args.block_size, keys=keys)
+
+    def theirs() -> list[list[int]]:
+        return [
+            published.collect(
+                model, prompt, block_size=args.block_size, max_new_tokens=args.max_new_tokens, end_id=end, key=key
+            )[0]
+            for key, prompt in list(enumerate(prompts))[: args.published_prompts]
+        ]
+
+    same = sum(a == b.tokens.tolist()[: len(a)] for a, b in zip(theirs(), responses, strict=False))
+    seconds = alternate(
+        {"generation": ours_generation, "trajectories": ours_trajectories, "published": theirs},
+        args.repeats,
+        args.device,
+    )
+    ours_rate = [args.prompts / (g + t) for g, t in zip(seconds["generation"], seconds["trajectories"], strict=True)]
+    their_rate = [args.published_prompts / s for s in seconds["published"]]
+    figures = {
+        "ratio_collect_vs_published": ratio(ours_rate, their_rate),
+        "ratio_trajectories_vs_generation": ratio(seconds["trajectories"], seconds["generation"]),
+        "same_responses": f"{same} of {args.published_prompts}",
+        "median_trajectories_per_s_ours": median(ours_rate),
+        "median_trajectories_per_s_published": median(their_rate),
+        "response_tokens": sum(len(r.tokens) for r in responses),
+        "block_size": args.block_size,
+    }
+    report("collect: ours against the published procedure", figures, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""``python -m bench.loss``: memory and time of the chunked loss against the plain one at a 150k vocabulary.
+
+The plain form holds float32 logits of every taught position, their log-softmax and the gradients at once. Peak
+memory is measured in a fresh process a side on CPU (resident set above what it was before the step), and by the
+allocator on a GPU; time in alternation in one process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from bench.measure import alternate, median, parser, ratio, report
+from jf_cluster.jacobi.attention import branch_attention
+from jf_cluster.jacobi.loss import forcing_loss
+from jf_cluster.jacobi.packing import PackedBatch, collate
+from jf_cluster.jacobi.samples import NoisyBranch, Sample
+
+VOCABULARY = 151_936
+
+
+def make(device: str, tokens: int, hidden: int) -> tuple[Qwen2ForCausalLM, PackedBatch]:
+    """A one-layer model and a batch of about ``tokens`` taught positions, half of them noisy."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 2, num_hidden_layers=1,
+        num_attention_heads=hidden // 32, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).to(device)
+    random = np.random.default_rng(0)
+    half = tokens // 2
+    stem = random.integers(0, VOCABULARY, size=half + 16)
+    branch = random.integers(0, VOCABULARY, size=half - 16)
+    noisy = NoisyBranch(17, branch, np.ones(len(branch), bool), np.full(len(branch), 0.5))
+    return model, collate([Sample(16, stem, (noisy,))]).to(torch.device(device))
+
+
+def chunked(model: Qwen2ForCausalLM, batch: PackedBatch) -> float:
+    model.zero_grad(set_to_none=True)
+    with branch_attention(model, "sdpa"):
+        loss = forcing_loss(model, batch, chunk_tokens=256).total(10.0)
+        loss.backward()
+    return loss.item()
+
+
+def plain(model: Qwen2ForCausalLM, batch: PackedBatch) -> float:
+    """All logits at once, in float32, as the published trainers compute it."""
+    model.zero_grad(set_to_none=True)
+    with branch_attention(model, "sdpa"):
+        logits = (
+            model(input_ids=batch.tokens, position_ids=batch.forest.position_ids, use_cache=False, layout=batch.forest)
+            .logits[0]
+            .float()
+        )
+        clean, noisy = logits[batch.clean], logits[batch.noisy]
+        teacher = clean.detach().log_softmax(-1)[batch.mirrors]
+        consistency = (teacher.exp() * (teacher - noisy.log_softmax(-1))).sum() / batch.noisy_tokens
+        loss = consistency + 10.0 * cross_entropy(clean, batch.targets)
+        loss.backward()
+    return loss.item()
+
+
+SIDES = {"chunked": chunked, "plain": plain}
+
+
+def peak_bytes(side: str, device: str, tokens: int, hidden: int) -> int:
+    """Peak memory of one step above the model, its gradients' place included on both sides alike."""
+    model, batch = make(device, tokens, hidden)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        SIDES[side](model, batch)
+        return torch.cuda.max_memory_allocated() - before
+    before, peak, stop = _resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            peak[0] = max(peak[0], _resident())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    SIDES[side](model, batch)
+    stop.set()
+    watcher.join()
+    return peak[0] - before
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def main() -> None:
+    p = parser(__doc__ or "")
+    p.add_argument("--tokens", type=int, default=2048, help="taught positions, clean and noisy together")
+    p.add_argument("--hidden", type=int, default=64)
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    peaks = {}
+    for side in SIDES:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks[side] = pool.apply(peak_bytes, (side, args.device, args.tokens, args.hidden))
+    model, batch = make(args.device, args.tokens, args.hidden)
+    values = {name: run(model, batch) for name, run in SIDES.items()}
+    seconds = alternate({n: lambda run=run: run(model, batch) for n, run in SIDES.items()}, args.repeats, args.device)
+    figures = {
+        "ratio_peak_memory_vs_plain": peaks["chunked"] / peaks["plain"],
+        "ratio_time_vs_plain": ratio(seconds["chunked"], seconds["plain"]),
+        "loss_difference": abs(values["chunked"] - values["plain"]),
+        "loss_plain": values["plain"],
+        "peak_mib_chunked": peaks["chunked"] / 2**20,
+        "peak_mib_plain": peaks["plain"] / 2**20,
+        "median_s_chunked": median(seconds["chunked"]),
+        "median_s_plain": median(seconds["plain"]),
+        "vocabulary": VOCABULARY,
+        "tokens": args.tokens,
+    }
+    report("loss: chunked against plain", figures, args.json)
+
+
+if __name__ == "__main__":
+    main()
