@@ -1,8 +1,8 @@
 """Makes the embedded run's tokenizer and base model from nothing: what ``make tiny-base`` runs.
 
 The base is an ordinary causal language model trained on prompt and worked solution with next-token cross-entropy
-on the solution alone. Matrices of the blocks are trained with Muon, everything else with AdamW; the rate falls
-linearly to zero over the last 40% of the time. Weights are saved in bfloat16 to stay small in the repository and
+on the solution alone. Matrices of the blocks are trained with Muon, everything else with AdamW, in
+cycles that each end with a rate of zero. Weights are saved in bfloat16 to stay small in the repository and
 are measured after that rounding, so the accuracy printed is the shipped model's.
 """
 
@@ -35,6 +35,9 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Qwen2's own pre-tokenizer pattern: every digit is a token of its own."""
+
+CYCLES = ["2600:0.015:2e-3:1", "1500:0.008:1e-3:2"]
+"""How the shipped base was trained: steps, Muon's rate, AdamW's rate and the seed of the problems of each cycle."""
 
 
 def build_tokenizer(vocab_size: int = 768, examples: int = 20_000) -> PreTrainedTokenizerFast:
@@ -135,35 +138,30 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, count:
     return right / count
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the embedded run's tokenizer and base model from nothing.")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--tokens-per-step", type=int, default=6144)
-    parser.add_argument("--matrix-rate", type=float, default=0.01)
-    parser.add_argument("--other-rate", type=float, default=2e-3)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--evaluate-every", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    tokenizer = build_tokenizer()
-    model = build_model(len(tokenizer), layers=args.layers, seed=args.seed)
+def train(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    steps: int,
+    matrix_rate: float,
+    other_rate: float,
+    tokens_per_step: int,
+    seed: int,
+) -> None:
+    """Train for one cycle: a short warm-up, a constant rate, and a linear fall to zero over the last 40% of the steps."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=args.matrix_rate, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(others, lr=args.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, (s + 1) / 50, (args.steps - s) / (0.4 * args.steps)))
+        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, (s + 1) / 50, (steps - s) / (0.4 * steps)))
         for o in optimizers
     ]
     begun = time.monotonic()
-    for step, (ids, labels) in enumerate(
-        itertools.islice(batches(tokenizer, args.seed + 1, args.tokens_per_step), args.steps)
-    ):
+    for step, (ids, labels) in enumerate(itertools.islice(batches(tokenizer, seed, tokens_per_step), steps)):
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -172,14 +170,53 @@ def main() -> None:
             s.step()
             o.zero_grad(set_to_none=True)
         if step % 50 == 0:
-            logger.info("step %d loss %.4f, %.0f s", step, loss.item(), time.monotonic() - begun)
-        if (step + 1) % args.evaluate_every == 0 or step + 1 == args.steps:
-            logger.info("step %d: held-out accuracy %.3f of 200", step + 1, accuracy(model, tokenizer, 200))
-            model.save_pretrained(args.output)
-            tokenizer.save_pretrained(args.output)
+            logger.info("step %d of %d: loss %.4f, %.0f s", step, steps, loss.item(), time.monotonic() - begun)
+
+
+def main() -> None:
+    """Train cycle after cycle; each cycle's model is saved, so a later one can be added with --start."""
+    parser = argparse.ArgumentParser(
+        description="Train the embedded run's tokenizer and base model from nothing.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, required=True, help="directory the model is written to")
+    parser.add_argument("--start", type=Path, help="continue from this model instead of from nothing")
+    parser.add_argument(
+        "--cycle",
+        dest="cycles",
+        action="append",
+        metavar="STEPS:MATRIX_RATE:OTHER_RATE:SEED",
+        help=f"a training cycle; may be given several times (default: {' '.join(CYCLES)})",
+    )
+    parser.add_argument("--tokens-per-step", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if args.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
+        model = Qwen2ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    else:
+        tokenizer = build_tokenizer()
+        model = build_model(len(tokenizer), seed=args.seed)
+    cycles = args.cycles or CYCLES
+    for cycle in cycles:
+        steps, matrix_rate, other_rate, seed = cycle.split(":")
+        model.train()
+        train(
+            model,
+            tokenizer,
+            steps=int(steps),
+            matrix_rate=float(matrix_rate),
+            other_rate=float(other_rate),
+            tokens_per_step=args.tokens_per_step,
+            seed=int(seed),
+        )
+        logger.info("cycle %s: held-out accuracy %.3f of 200", cycle, accuracy(model, tokenizer, 200))
+        model.save_pretrained(args.output)
+        tokenizer.save_pretrained(args.output)
     model = model.to(torch.bfloat16)
     model.save_pretrained(args.output)
-    result = {"accuracy_heldout": accuracy(model.float(), tokenizer, 1000), "steps": args.steps, "seed": args.seed}
+    result = {"accuracy_heldout": accuracy(model.float(), tokenizer, 1000), "problems": 1000, "cycles": cycles}
     (args.output / "training.json").write_text(json.dumps(result, indent=2) + "\n")
     logger.info("saved %s: %s", args.output, result)
 
