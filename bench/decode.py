@@ -1,0 +1,134 @@
+"""``python -m bench.decode``: decoding one request at a time, every mode against AR and transformers' own decoders.
+
+All sides take turns on every prompt. ``ratio_forward_overhead`` compares a forward of our loop with the bare model
+call on as many tokens over as long a cache; ``ratio_conversion`` is speed-up over AR divided by tokens per forward.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from bench import tiny_inputs
+from bench.measure import parser, report
+from jf_cluster.jacobi.decoding import Generation, generate
+from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
+
+Decode = Callable[[list[int]], tuple[int, float]]
+"""Decodes one prompt; gives the tokens it wrote after the first and the seconds they took."""
+
+
+@torch.inference_mode()
+def bare_forward_s(model: PreTrainedModel, length: int, tokens: int, repeats: int = 20) -> float:
+    """Median seconds of the model alone on ``tokens`` tokens over a cache of ``length``."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.ones(1, length, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    draft = torch.ones(1, tokens, dtype=torch.long, device=model.device)
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        model(input_ids=draft, past_key_values=cache, use_cache=True).logits.argmax(-1).tolist()
+        seconds.append(time.perf_counter() - begun)
+        cache.crop(-tokens)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    p = parser(__doc__ or "")
+    p.add_argument("--model", default=str(tiny_inputs.TINY), help="a trained round's export; the base shows no gain")
+    p.add_argument("--prompts", type=int, default=16)
+    p.add_argument("--max-new-tokens", type=int, default=192)
+    p.add_argument("--block-sizes", type=int, nargs="+", default=[8, 16, 32])
+    p.add_argument("--blocks", type=int, default=2)
+    p.add_argument("--pool", type=int, default=4)
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    model = tiny_inputs.load(args.model, args.device)
+    prompts, end = tiny_inputs.prompts(args.model, args.prompts)
+    made: dict[str, list[Generation]] = {}
+
+    def ours(name: str, drafting: Drafting) -> Decode:
+        def decode(prompt: list[int]) -> tuple[int, float]:
+            (g,) = generate(model, [prompt], max_new_tokens=args.max_new_tokens, end_ids=[end], drafting=drafting)
+            made.setdefault(name, []).append(g)
+            return len(g.tokens) - 1, g.seconds
+
+        return decode
+
+    def theirs(**options: int) -> Decode:
+        def decode(prompt: list[int]) -> tuple[int, float]:
+            ids = torch.tensor([prompt], device=model.device)
+            times: list[float] = []
+
+            # The prefill is not counted on either side: the clock starts when the first new token is known.
+            def first_token(*_: object) -> bool:
+                if not times:
+                    times.append(time.perf_counter())
+                return False
+
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=args.max_new_tokens,
+                do_sample=False,
+                stopping_criteria=[lambda *a, **k: torch.tensor([first_token()], device=model.device)],
+                **options,
+            )
+            return out.shape[1] - len(prompt) - 1, time.perf_counter() - times[0]
+
+        return decode
+
+    sides: dict[str, Decode] = {"ar": ours("ar", AUTOREGRESSIVE)}
+    for n in args.block_sizes:
+        sides[f"jacobi_{n}"] = ours(f"jacobi_{n}", Drafting("jacobi", n))
+        name = f"multiblock_{n}"
+        sides[name] = ours(name, Drafting("multiblock", n, blocks=args.blocks, pool=args.pool))
+    sides["hf_generate"] = theirs()
+    sides["hf_prompt_lookup"] = theirs(prompt_lookup_num_tokens=10)
+
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(args.repeats + 1):
+        for prompt in prompts:
+            for name, decode in sides.items():
+                tokens, seconds = decode(prompt.tolist())
+                if turn and tokens > 0:
+                    rates[name].append(tokens / seconds)
+
+    def speed(name: str, against: str) -> float:
+        return statistics.median(a / b for a, b in zip(rates[name], rates[against], strict=True))
+
+    def tpf(name: str) -> float:
+        return sum(len(g.tokens) - 1 for g in made[name]) / max(sum(g.forwards for g in made[name]), 1)
+
+    jacobi = [n for n in sides if n.startswith("jacobi")]
+    multiblock = [n for n in sides if n.startswith("multiblock")]
+    best = max([*jacobi, *multiblock], key=lambda name: speed(name, "ar"))
+    n = int(best.rsplit("_", 1)[1])
+    plain = f"jacobi_{n}"
+    length = statistics.median(len(p) for p in prompts) + statistics.median(len(g.tokens) for g in made["ar"]) / 2
+    forward = statistics.median(g.seconds / g.forwards for g in made[plain] if g.forwards)
+    figures: dict[str, float | int | str] = {
+        "ratio_speedup_vs_ar": speed(best, "ar"),
+        "ratio_conversion": speed(best, "ar") / tpf(best),
+        "ratio_forward_overhead": forward / bare_forward_s(model, int(length), n),
+        "ratio_multiblock_tpf_vs_jacobi": max(tpf(m) / tpf(m.replace("multiblock", "jacobi")) for m in multiblock),
+        "ratio_tps_vs_hf_generate": speed(best, "hf_generate"),
+        "ratio_tps_vs_hf_prompt_lookup": speed(best, "hf_prompt_lookup"),
+        "ratio_ar_vs_hf_generate": speed("ar", "hf_generate"),
+        "best": best,
+        "exact": str(all([g.tokens for g in made[m]] == [g.tokens for g in made["ar"]] for m in made)),
+    }
+    for name in sides:
+        figures[f"speedup_{name}"] = speed(name, "ar")
+        if name in made:
+            figures[f"tpf_{name}"] = tpf(name)
+    figures["median_tokens_per_s_ar"] = statistics.median(rates["ar"])
+    report("decode: one request at a time, all sides in turn", figures, args.json)
+
+
+if __name__ == "__main__":
+    main()
