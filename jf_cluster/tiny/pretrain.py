@@ -36,7 +36,7 @@ QWEN2_SPLIT = (
 )
 """Qwen2's own pre-tokenizer pattern: every digit is a token of its own."""
 
-CYCLES = ["2600:0.015:2e-3:1", "1500:0.008:1e-3:2"]
+CYCLES = ["2600:0.015:2e-3:1"]
 """How the shipped base was trained: steps, Muon's rate, AdamW's rate and the seed of the problems of each cycle."""
 
 
