@@ -93,6 +93,8 @@ class CollectConfig(Section):
     """Most tokens in one forward pass while trajectories are iterated."""
     shard_bytes: Positive = 64 * 1024 * 1024
     """A shard is closed when it holds about this many bytes."""
+    commit_every_s: Annotated[float, Field(ge=0)] = 30.0
+    """Longest time finished trajectories wait in a worker before they are written to disk."""
 
     def block_size_of(self, round_number: int) -> int:
         """Block size of round ``round_number`` (from 1)."""
@@ -228,6 +230,31 @@ class Config(Section):
     def model_dir(self, round_number: int) -> str:
         """Where model ``round_number`` is loaded from; model 0 is the base."""
         return self.model.base if round_number == 0 else str(self.run_dir / "models" / f"round-{round_number:03d}")
+
+    def anchored(self, home: Path) -> Config:
+        """Give the same configuration with relative paths made absolute, so that it means the same in every process.
+
+        What is written is taken from ``home``, what is read from the current directory.
+        """
+
+        def found(path: str) -> str:
+            return str(Path(path).absolute()) if Path(path).exists() else path
+
+        store = self.store if self.store is None or "://" in self.store else str(home / self.store)
+        return self.model_copy(
+            update={
+                "runs_dir": home / self.runs_dir,
+                "store": store,
+                "model": self.model.model_copy(
+                    update={"path": self.model.path if self.model.path == "tiny" else found(self.model.path)}
+                ),
+                "prompts": self.prompts.model_copy(
+                    update={
+                        "source": self.prompts.source if self.prompts.source == "tiny" else found(self.prompts.source)
+                    }
+                ),
+            }
+        )
 
     def to_yaml(self) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))

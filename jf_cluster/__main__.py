@@ -1,0 +1,90 @@
+"""``python -m jf_cluster``: the local cluster, the dashboard, the table and the configuration."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jf_cluster import cluster
+from jf_cluster.command import DEFAULT_CONFIG, ConfigPath, Overrides, clear_errors, load, start_logging
+from jf_cluster.config import ConfigError
+from jf_cluster.report import print_table, write_report
+from jf_cluster.tracking import tracking_uri
+
+app = typer.Typer(help="Jacobi Forcing at cluster scale.", no_args_is_help=True, add_completion=False)
+cluster_app = typer.Typer(
+    help="A local Ray head on 127.0.0.1, with its dashboard and job server.", no_args_is_help=True
+)
+app.add_typer(cluster_app, name="cluster")
+
+RunsDir = Annotated[Path, typer.Option(help="Where the head's process id and log are kept.")]
+
+
+@cluster_app.command()
+def start(runs_dir: RunsDir = Path("runs")) -> None:
+    """Start the head and wait until it takes jobs."""
+    start_logging()
+    with clear_errors():
+        head = cluster.start_head(runs_dir)
+    typer.echo(f"Ray runs at {head.address}; dashboard and job server: {head.dashboard}")
+    typer.echo("next: . .venv/bin/activate && ray job submit jobs/collect.py   (stop it with: make cluster-stop)")
+
+
+@cluster_app.command()
+def stop(runs_dir: RunsDir = Path("runs")) -> None:
+    """Stop the head and every process it started."""
+    start_logging()
+    with clear_errors():
+        found = cluster.stop_head(runs_dir)
+    typer.echo("the Ray head is stopped" if found else "no Ray head of this project runs")
+
+
+@app.command()
+def config(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG) -> None:
+    """Print the resolved configuration: every setting there is, with its value."""
+    with clear_errors():
+        typer.echo(load(config, overrides).to_yaml(), nl=False)
+
+
+@app.command()
+def report(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG) -> None:
+    """Print the table of the rounds so far."""
+    with clear_errors():
+        settings = load(config, overrides)
+        if not settings.run_dir.is_dir():
+            raise ConfigError(f"there is no run in {settings.run_dir}; start it with: make train")
+        print_table(write_report(settings))
+
+
+@app.command()
+def mlflow(
+    overrides: Overrides = None,
+    config: ConfigPath = DEFAULT_CONFIG,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """Serve the MLflow dashboard of the runs on 127.0.0.1 until interrupted."""
+    with clear_errors():
+        settings = load(config, overrides)
+        uri = tracking_uri(settings)
+        if uri.startswith(("http://", "https://")):
+            typer.echo(f"the runs are tracked by the MLflow server at {uri}")
+            return
+        settings.runs_dir.mkdir(parents=True, exist_ok=True)
+        typer.echo(f"MLflow dashboard: http://127.0.0.1:{port} (takes about 20 s to come up; Ctrl-C stops it)")
+        sys.stdout.flush()
+        command = [
+            *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri),
+            *("--artifacts-destination", (settings.runs_dir / "mlartifacts").as_uri()),
+            *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        ]
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m jf_cluster")

@@ -1,0 +1,220 @@
+"""Ray: joining a cluster or starting a local one, and the head that `make cluster` starts and stops.
+
+A run joins the cluster in ``RAY_ADDRESS``, else the one `make cluster` started from here, else it starts a Ray of its
+own that ends with it. Everything binds to 127.0.0.1 (jf_cluster/ray_environment.py). The head is a process of its own
+whose id is remembered, so stopping it never touches another Ray on the machine, as ``ray stop`` would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from jf_cluster import ray_environment  # before ray: it reads its environment when imported
+
+import ray  # isort: skip
+
+from jf_cluster.config import Config
+
+logger = logging.getLogger(__name__)
+
+HOME_VARIABLE = "JF_CLUSTER_HOME"
+"""Set by the head for its jobs: the directory relative output paths are taken from, also when a job runs in a copy."""
+
+OBJECT_STORE_BYTES = 256 * 1024 * 1024
+"""Trajectories go straight from actors to the store; Ray's object store only carries batches of prompts."""
+
+
+class ClusterError(RuntimeError):
+    """Ray cannot be reached, started or does not have what the run asks for; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head that `make cluster` started: its process, its GCS address and its dashboard."""
+
+    pid: int
+    created: float
+    address: str
+    dashboard: str
+
+    def alive(self) -> bool:
+        """Whether that very process still runs (its id may have been given to another one since)."""
+        return psutil.pid_exists(self.pid) and psutil.Process(self.pid).create_time() == self.created
+
+
+def home() -> Path:
+    """Directory that relative output paths are taken from.
+
+    Raises:
+        ClusterError: the job runs in Ray's temporary copy of a working directory and nothing says where home is.
+    """
+    if HOME_VARIABLE in os.environ:
+        return Path(os.environ[HOME_VARIABLE])
+    if "runtime_resources" in Path.cwd().parts:
+        raise ClusterError(
+            "this job runs in a temporary copy of the working directory, where results would be lost: give an absolute "
+            f"path on storage that all nodes share (runs_dir=/shared/runs) or set {HOME_VARIABLE} where Ray is started"
+        )
+    return Path.cwd()
+
+
+def _state_dir(runs_dir: Path) -> Path:
+    return runs_dir / ".cluster"
+
+
+def running_head(runs_dir: Path) -> Head | None:
+    """Give the head started from this ``runs_dir``, or None when none runs."""
+    path = _state_dir(runs_dir) / "head.json"
+    if not path.is_file():
+        return None
+    head = Head(**json.loads(path.read_text()))
+    return head if head.alive() else None
+
+
+@contextlib.contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Join or start Ray for as long as the context lasts, with what ``config`` needs to place its workers.
+
+    Raises:
+        ClusterError: the cluster cannot be reached or can never place the workers.
+    """
+    cpus = max(
+        config.collect.workers * config.collect.cpus_per_worker, config.train.workers * config.train.cpus_per_worker
+    )
+    gpus = max(
+        config.collect.workers * config.collect.gpus_per_worker, config.train.workers * config.train.gpus_per_worker
+    )
+    head = running_head(config.runs_dir)
+    address = os.environ.get("RAY_ADDRESS") or (head.address if head else None)
+    if address:
+        logger.info("joining the Ray cluster at %s", address)
+        try:
+            ray.init(address=address, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
+    else:
+        logger.info("starting a local Ray")
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, int(cpus + 0.999)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+        )
+    try:
+        _require("CPU", cpus, "cpus_per_worker")
+        _require("GPU", gpus, "gpus_per_worker")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require(resource: str, needed: float, setting: str) -> None:
+    there = float(ray.cluster_resources().get(resource, 0.0))
+    if there < needed:
+        raise ClusterError(
+            f"the configuration needs {needed:g} {resource}s at once and the Ray cluster has {there:g}: lower "
+            f"collect.workers, train.workers or {setting}, or add nodes"
+        )
+
+
+def _listening(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _port_of(url: str) -> int:
+    return int(url.rsplit(":", 1)[1])
+
+
+def start_head(runs_dir: Path, *, timeout_s: float = 120.0, port: int = ray_environment.DASHBOARD_PORT) -> Head:
+    """Start a Ray head on 127.0.0.1 in the current directory and wait until its job server answers.
+
+    Jobs are run in the current directory, with this Python's programs first on the path. A head that already runs is
+    returned as it is.
+
+    Raises:
+        ClusterError: the dashboard's port is taken, or the head ended or did not answer in time.
+    """
+    if (head := running_head(runs_dir)) is not None:
+        return head
+    if _listening(port):
+        raise ClusterError(f"port {port} of the dashboard is taken (another Ray runs?): stop what listens there")
+    state = _state_dir(runs_dir)
+    state.mkdir(parents=True, exist_ok=True)
+    log = state / "head.log"
+    programs = str(Path(sys.executable).parent)
+    environment = os.environ | {
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        HOME_VARIABLE: str(Path.cwd()),
+    }
+    ray_program = str(Path(programs) / "ray")
+    # Creates the token of this user where there is none yet; its output is the token itself, so it is not shown.
+    subprocess.run([ray_program, "get-auth-token", "--generate"], env=environment, capture_output=True, check=False)
+    with socket.socket() as free, log.open("wb") as output:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        free.close()
+        process = subprocess.Popen(
+            [
+                *(ray_program, "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
+                *(f"--port={_port_of(address)}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
+                f"--object-store-memory={OBJECT_STORE_BYTES}",
+            ],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    head = Head(process.pid, psutil.Process(process.pid).create_time(), address, f"http://127.0.0.1:{port}")
+    (state / "head.json").write_text(json.dumps(asdict(head)))
+    deadline = time.monotonic() + timeout_s
+    while not _jobs_answer(head):
+        if process.poll() is not None or time.monotonic() > deadline:
+            stop_head(runs_dir)
+            raise ClusterError(f"the Ray head did not start; its last words are in {log}:\n{log.read_text()[-2000:]}")
+        time.sleep(0.5)
+    return head
+
+
+def _jobs_answer(head: Head) -> bool:
+    """Whether the job server takes jobs: the dashboard listens earlier than its job agent is ready."""
+    if not _listening(_port_of(head.dashboard)):
+        return False
+    from ray.job_submission import JobSubmissionClient  # needs the dashboard's extra packages, and time to import
+
+    try:
+        JobSubmissionClient(head.dashboard).list_jobs()
+    except (ConnectionError, RuntimeError):
+        return False
+    return True
+
+
+def stop_head(runs_dir: Path, *, timeout_s: float = 30.0) -> bool:
+    """Stop the head started from ``runs_dir`` with all its processes; say whether there was one."""
+    head = running_head(runs_dir)
+    if head is not None:
+        leader = psutil.Process(head.pid)
+        family = [leader, *leader.children(recursive=True)]
+        leader.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=timeout_s)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=timeout_s)
+    (_state_dir(runs_dir) / "head.json").unlink(missing_ok=True)
+    return head is not None

@@ -1,0 +1,209 @@
+"""Collecting a round, seen from the driver: which prompts are left, who decodes them, and the seal at the end.
+
+The store is the only record of what is done. A prompt whose trajectory is committed or that is rejected is skipped, so
+the same call carries on after any interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import ray
+from trajectory_store import Manifest, Provenance, StoreError, TrajectoryStore
+from trajectory_store.round import Round
+from transformers import AutoConfig
+
+from jf_cluster import __version__
+from jf_cluster.collect.dispatch import Dispatcher, Done, GivenUp, Lost
+from jf_cluster.collect.prompts import Prompt, load_prompts, unusable
+from jf_cluster.collect.worker import Collector, Counts
+from jf_cluster.config import Config, ConfigError
+from jf_cluster.models import ModelError, load_tokenizer, model_hash, resolve, tokenizer_hash
+from jf_cluster.progress import meter
+from jf_cluster.tracking import StageRun, Tracker
+
+logger = logging.getLogger(__name__)
+
+METRICS_EVERY_S = 5.0
+
+
+class CollectError(RuntimeError):
+    """A round that cannot be collected; the message says why."""
+
+
+def collect_round(
+    config: Config, round_number: int, tracker: Tracker, worker_class: type[Collector] = Collector
+) -> Manifest:
+    """Collect and seal round ``round_number`` with model ``round_number - 1``, from where an earlier attempt stopped.
+
+    Args:
+        worker_class: the class of the Ray actors that decode.
+
+    Raises:
+        PromptsError: the prompts cannot be had.
+        CollectError: no prompt of the round could be decoded.
+        StoreError: the store refuses, or holds trajectories of another model.
+    """
+    folder = TrajectoryStore(config.store_url).round(round_number)
+    if folder.is_sealed:
+        return folder.manifest
+    tokenizer = load_tokenizer(config)
+    provenance = Provenance(
+        model_hash=model_hash(config.model_dir(round_number - 1)),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        block_size=config.collect.block_size_of(round_number),
+        seed=config.seed,
+        round_number=round_number,
+        code_version=__version__,
+        config=config.model_dump(mode="json"),
+    )
+    prompts = load_prompts(config, tokenizer, round_number)
+    with tracker.stage(round_number, "collect") as stage:
+        stage.tags({"model_hash": provenance.model_hash, "store": config.store_url})
+        stage.params(
+            {"block_size": provenance.block_size, "prompts": len(prompts), "responses": config.collect.responses}
+        )
+        summary = Summary(config.run_dir / "collecting" / f"round-{round_number:03d}.json")
+        _work(config, round_number, prompts, folder, provenance, summary, stage, worker_class)
+        if not folder.committed_ids():
+            reasons = sorted(set(folder.rejects().values()))[:3]
+            raise CollectError(
+                f"none of the {len(prompts)} prompts of round {round_number} could be decoded; reasons: {'; '.join(reasons)}"
+            )
+        manifest = folder.seal(provenance)
+        stage.tags({"content_hash": manifest.content_hash})
+        stage.metrics(
+            {
+                "rows": manifest.rows,
+                "rejects": manifest.rejects,
+                "response_tokens": manifest.response_tokens,
+                "iterations_per_block": manifest.iterations_per_block,
+                "seconds": summary.seconds,
+            }
+        )
+    logger.info(
+        "round %d collected: %d trajectories (%d response tokens, %.2f iterations per block), %d rejected, in %.0f s → %s",
+        *(round_number, manifest.rows, manifest.response_tokens, manifest.iterations_per_block, manifest.rejects),
+        *(summary.seconds, folder.url),
+    )
+    return manifest
+
+
+def _work(
+    config: Config,
+    round_number: int,
+    prompts: Sequence[Prompt],
+    folder: Round,
+    provenance: Provenance,
+    summary: Summary,
+    stage: StageRun,
+    worker_class: type[Collector],
+) -> None:
+    """Bring every prompt of the round to a committed trajectory or a reject."""
+    context = context_tokens(config)
+    done = folder.committed_ids() | folder.rejects().keys()
+    left = [p for p in prompts if p.prompt_id not in done]
+    usable = []
+    for prompt in left:
+        if (reason := unusable(prompt, context, config.collect.max_new_tokens)) is not None:
+            folder.reject(prompt.prompt_id, reason)
+        else:
+            usable.append(prompt)
+    logger.info(
+        "collecting round %d with model %d: %d prompts, block size %d, %d workers%s%s",
+        *(round_number, round_number - 1, len(usable), provenance.block_size, config.collect.workers),
+        f", {len(done)} done before" if done else "",
+        f", {len(left) - len(usable)} rejected" if len(left) > len(usable) else "",
+    )
+    if not usable:
+        return
+    attempt = uuid.uuid4().hex[:8]
+    remote = ray.remote(num_cpus=config.collect.cpus_per_worker, num_gpus=config.collect.gpus_per_worker)(worker_class)
+    starts = [0]
+
+    def start(number: int) -> ray.actor.ActorHandle:
+        starts[0] += 1
+        return remote.remote(config, round_number, provenance, f"{attempt}-{number}-{starts[0]}")
+
+    dispatcher: Dispatcher[Prompt, Counts] = Dispatcher(
+        start,
+        workers=config.collect.workers,
+        timeout_s=config.collect.batch_timeout_s,
+        max_attempts=config.collect.max_attempts,
+        fatal=(StoreError, OSError, ModelError, ConfigError),
+    )
+    total, lost, logged_at = Counts(), 0, 0.0
+    begun = time.monotonic()
+    with meter(f"round {round_number} prompts", len(prompts), len(prompts) - len(usable)) as progress:
+        try:
+            for event in dispatcher.run(batches_by_length(usable, config.collect.batch_prompts)):
+                match event:
+                    case Done(items, counts):
+                        total += counts
+                        rate = total.response_tokens / (time.monotonic() - begun)
+                        progress.advance(len(items), f"{rate:.0f} tokens/s")
+                        if time.monotonic() - logged_at > METRICS_EVERY_S:
+                            logged_at = time.monotonic()
+                            stage.metrics(_metrics(total, rate, lost, progress.done), step=progress.done)
+                    case GivenUp(prompt, reason):
+                        folder.reject(prompt.prompt_id, reason)
+                        progress.advance(1)
+                        logger.warning("prompt %s is rejected: %s", prompt.prompt_id, reason)
+                    case Lost(worker, reason):
+                        lost += 1
+                        logger.warning("worker %d is replaced and its prompts are redone: %s", worker, reason)
+        finally:
+            summary.add(time.monotonic() - begun, total, lost)
+    stage.metrics(
+        _metrics(total, total.response_tokens / (time.monotonic() - begun), lost, progress.done), progress.done
+    )
+
+
+def batches_by_length(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
+    """Prompts of similar length together, the longest first: what does not fit in memory shows at once."""
+    ordered = sorted(prompts, key=lambda p: (-len(p.tokens), p.prompt_id))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def context_tokens(config: Config) -> int:
+    directory = resolve(config.model.base)
+    settings = AutoConfig.from_pretrained(directory, trust_remote_code=config.model.trust_remote_code)
+    return int(getattr(settings.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+
+
+def _metrics(total: Counts, rate: float, lost: int, done: int) -> dict[str, float]:
+    return {
+        "prompts_done": done,
+        "response_tokens_per_s": rate,
+        "iterations_per_block_so_far": total.iterations / max(total.blocks, 1),
+        "disagreement": total.disagreements / max(total.response_tokens, 1),
+        "unfinished": total.unfinished,
+        "workers_replaced": lost,
+    }
+
+
+class Summary:
+    """What collecting a round took, over all attempts: a small JSON file beside the other stages' summaries."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.attempts: list[dict[str, object]] = json.loads(path.read_text())["attempts"] if path.is_file() else []
+
+    @property
+    def seconds(self) -> float:
+        return sum(float(str(a["seconds"])) for a in self.attempts)
+
+    def add(self, seconds: float, counts: Counts, lost: int) -> None:
+        """Record an attempt, ended or interrupted."""
+        self.attempts.append({"seconds": seconds, "workers_replaced": lost, **asdict(counts)})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_suffix(".tmp")
+        draft.write_text(json.dumps({"seconds": self.seconds, "attempts": self.attempts}, indent=1) + "\n")
+        os.replace(draft, self.path)

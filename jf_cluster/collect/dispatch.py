@@ -1,0 +1,237 @@
+"""Work for Ray actors: batches given out one at a time, workers that die or hang replaced, bad items isolated.
+
+Nothing here knows what a batch is for. A worker is any actor class with ``run(batch) -> Report`` and ``finish() ->
+list[id]``; a report names the items whose results are safe on disk, and only those are counted as done, so whatever a
+dead worker still held in memory is given out again.
+
+An item that brings its worker down takes the rest of its batch down with it. So a failed batch is split, into eighths
+and then into single items, until the culprit stands alone; an item that failed alone or ``max_attempts`` times is
+given up with its last reason. Items that merely shared the batch are redone in other batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
+
+logger = logging.getLogger(__name__)
+
+PARTS = 8
+POLL_S = 1.0
+
+
+class Item(Protocol):
+    """What a batch consists of; the id tells items apart."""
+
+    @property
+    def prompt_id(self) -> str: ...
+
+
+T = TypeVar("T", bound=Item)
+R = TypeVar("R")
+
+
+class DispatchError(RuntimeError):
+    """Workers cannot be started or kept alive; the message carries the last reason."""
+
+
+@dataclass(frozen=True)
+class Report(Generic[R]):
+    """What a worker says about a batch: its result, and the ids (of this or earlier batches) that are now safe."""
+
+    result: R
+    durable: list[str]
+
+
+@dataclass(frozen=True)
+class Done(Generic[T, R]):
+    """A batch that was worked on."""
+
+    items: Sequence[T]
+    result: R
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker that died, hung or failed, and was replaced where need be."""
+
+    worker: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class GivenUp(Generic[T]):
+    """An item that failed every time."""
+
+    item: T
+    reason: str
+
+
+Event = Done[T, R] | Lost | GivenUp[T]
+
+
+@dataclass
+class _Batch(Generic[T]):
+    items: Sequence[T]
+    attempts: int = 0
+
+
+@dataclass
+class _Slot(Generic[T]):
+    """One place for a worker: its actor, what it works on and what it holds that is not safe yet."""
+
+    number: int
+    actor: ActorHandle
+    task: ray.ObjectRef
+    since: float
+    batch: _Batch[T] | None = None
+    held: dict[str, T] = field(default_factory=dict)
+    finishing: bool = False
+    idle: bool = False
+
+
+class Dispatcher(Generic[T, R]):
+    """Gives batches to ``workers`` actors made by ``start(number)`` and yields what happened.
+
+    Args:
+        start: makes the actor of a place; called again when that place's worker died.
+        timeout_s: a batch that takes longer is taken away, its worker is killed and replaced.
+        start_timeout_s: a worker must answer ``ready()`` within this time.
+        fatal: exception classes that, raised inside a worker, end the run instead of counting against a batch.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[int], ActorHandle],
+        *,
+        workers: int,
+        timeout_s: float,
+        max_attempts: int,
+        start_timeout_s: float = 900.0,
+        fatal: tuple[type[BaseException], ...] = (),
+    ) -> None:
+        self._start = start
+        self._workers = workers
+        self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._max_attempts = max_attempts
+        self._fatal = fatal
+        self._slots: list[_Slot[T]] = []
+        self._queue: deque[_Batch[T]] = deque()
+        self._failed_starts = 0
+        self._largest = 1
+
+    def run(self, batches: Iterable[Sequence[T]]) -> Iterator[Event[T, R]]:
+        """Work through all batches; ends when every item is safe or given up.
+
+        Raises:
+            DispatchError: workers cannot be started.
+        """
+        self._queue.extend(_Batch(items) for items in batches)
+        self._largest = max((len(batch.items) for batch in self._queue), default=1)
+        self._slots = [self._place(number) for number in range(min(self._workers, len(self._queue)))]
+        try:
+            while self._queue or any(slot.batch or slot.held for slot in self._slots):
+                for slot in self._slots:
+                    if slot.idle:
+                        self._give(slot)
+                busy = {slot.task: slot for slot in self._slots if not slot.idle}
+                ready, _ = ray.wait(list(busy), num_returns=1, timeout=POLL_S)
+                for task in ready:
+                    yield from self._take(busy[task])
+                for slot in self._slots:
+                    limit = self._timeout_s if slot.batch or slot.finishing else self._start_timeout_s
+                    if not slot.idle and time.monotonic() - slot.since > limit:
+                        yield from self._lose(slot, f"no answer within {limit:.0f} s")
+        finally:
+            for slot in self._slots:
+                ray.kill(slot.actor)
+
+    def _place(self, number: int) -> _Slot[T]:
+        actor = self._start(number)
+        return _Slot(number, actor, actor.ready.remote(), time.monotonic())
+
+    def _give(self, slot: _Slot[T]) -> None:
+        if self._queue:
+            slot.batch = self._queue.popleft()
+            slot.task = slot.actor.run.remote(slot.batch.items)
+        elif slot.held:
+            slot.finishing = True
+            slot.task = slot.actor.finish.remote()
+        else:
+            return
+        slot.idle, slot.since = False, time.monotonic()
+
+    def _take(self, slot: _Slot[T]) -> Iterator[Event[T, R]]:
+        """Fetch what a slot's finished task left: a report, safe ids, a worker's readiness, or a failure."""
+        try:
+            value = ray.get(slot.task)
+        except (RayActorError, WorkerCrashedError) as error:
+            if isinstance(error, ActorDiedError) and error.actor_init_failed:
+                raise DispatchError(f"a worker could not start: {_innermost(error)}") from error
+            if isinstance(error, ActorUnavailableError):
+                logger.warning("worker %d does not answer: %s", slot.number, error)
+            yield from self._lose(slot, f"worker died: {_first_line(error)}")
+            return
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, self._fatal) or slot.batch is None:
+                raise cause from error
+            # The worker lives on, but what the failed batch left in it cannot be trusted.
+            yield from self._lose(slot, f"{type(cause).__name__}: {_first_line(cause)}")
+            return
+        batch, slot.batch, slot.idle, slot.finishing = slot.batch, None, True, False
+        self._failed_starts = 0
+        if batch is not None:
+            slot.held.update((item.prompt_id, item) for item in batch.items)
+            for safe in value.durable:
+                slot.held.pop(safe, None)
+            yield Done(batch.items, value.result)
+        else:
+            for safe in value or ():
+                slot.held.pop(safe, None)
+
+    def _lose(self, slot: _Slot[T], reason: str) -> Iterator[Event[T, R]]:
+        """Replace a slot's worker and put its work back: the failed batch in parts, the rest as it was."""
+        ray.kill(slot.actor)
+        if slot.batch is None and not slot.finishing:
+            self._failed_starts += 1
+            if self._failed_starts > self._max_attempts * self._workers:
+                raise DispatchError(f"workers keep failing while they start: {reason}")
+        yield Lost(slot.number, reason)
+        held = list(slot.held.values())
+        for start in range(0, len(held), self._largest):
+            self._queue.appendleft(_Batch(held[start : start + self._largest]))
+        if slot.batch is not None:
+            yield from self._split(slot.batch, reason)
+        self._slots[slot.number] = self._place(slot.number)
+
+    def _split(self, batch: _Batch[T], reason: str) -> Iterator[GivenUp[T]]:
+        attempts = batch.attempts + 1
+        if len(batch.items) == 1:
+            if attempts >= self._max_attempts:
+                yield GivenUp(batch.items[0], f"failed {attempts} times, the last time: {reason}")
+            else:
+                self._queue.append(_Batch(batch.items, attempts))
+            return
+        size = 1 if attempts >= self._max_attempts - 1 else -(-len(batch.items) // PARTS)
+        for start in range(0, len(batch.items), size):
+            self._queue.append(_Batch(batch.items[start : start + size], attempts))
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _innermost(error: BaseException) -> str:
+    """The last line of a remote traceback, which names the exception that ended the worker."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,93 @@
+"""What all command lines share: their options, logging, and errors as one clear message with an exit code.
+
+Exit codes: 0 done, 1 something failed, 2 wrong input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from ray.exceptions import RayError
+from trajectory_store import StoreError
+
+from jf_cluster.cluster import ClusterError, home
+from jf_cluster.collect import CollectError
+from jf_cluster.collect.dispatch import DispatchError
+from jf_cluster.collect.prompts import PromptsError
+from jf_cluster.config import Config, ConfigError, load_config
+from jf_cluster.evaluate.evaluating import EvaluateError
+from jf_cluster.models import ModelError
+from jf_cluster.preflight import PreflightError
+from jf_cluster.rounds import Rounds, RunBusyError, opened
+from jf_cluster.train import TrainingError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONFIG = Path("configs/tiny.yaml")
+
+ConfigPath = Annotated[Path, typer.Option("--config", help="Configuration file; the shipped ones are in configs/.")]
+RoundNumber = Annotated[
+    int | None, typer.Option("--round", min=0, help="Round (0: the base). Default: the one that is due.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings on top of the file, for example train.learning_rate=1e-5 name=other."),
+]
+
+WRONG_INPUT = (ConfigError, PromptsError, ModelError)
+FAILURES = (
+    *(PreflightError, ClusterError, CollectError, DispatchError, EvaluateError, TrainingError, StoreError),
+    *(RunBusyError, RayError, OSError),
+)
+
+
+def start_logging() -> None:
+    """One line an event on stderr; the libraries below speak up from warnings on."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("jf_cluster").setLevel(logging.INFO)
+    logging.getLogger("trajectory_store").setLevel(logging.INFO)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn expected errors into one message and an exit code; anything else is a bug and keeps its traceback."""
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        yield
+    except WRONG_INPUT as error:
+        raise _exit(str(error), 2) from error
+    except FAILURES as error:
+        raise _exit(str(error) or type(error).__name__, 1) from error
+    except KeyboardInterrupt as error:
+        raise _exit("stopped; the same command carries on from here", 130) from error
+
+
+def _exit(message: str, code: int) -> typer.Exit:
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    return typer.Exit(code)
+
+
+def _interrupted(_: int, __: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def load(path: Path, overrides: list[str] | None) -> Config:
+    """Read a configuration; relative paths become absolute, so that every process takes them alike."""
+    return load_config(path, tuple(overrides or ())).anchored(home())
+
+
+def run(path: Path, overrides: list[str] | None, stage: Callable[[Rounds], None]) -> None:
+    """Carry out a stage of the run that a configuration describes."""
+    start_logging()
+    with clear_errors(), opened(load(path, overrides)) as rounds:
+        stage(rounds)

@@ -1,0 +1,76 @@
+"""Progress of a long stage: a bar in a terminal, a line now and then where output is a log."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+
+LINE_EVERY_S = 15.0
+
+
+class Meter:
+    """Counts what is done of a total and says how fast it goes and how long it still takes."""
+
+    def __init__(self, label: str, total: int, done: int, bar: Progress | None) -> None:
+        self.label, self.total, self.done = label, total, done
+        self.begun = self._said_at = time.monotonic()
+        self._before = done
+        self._bar = bar
+        self._task = bar.add_task(label, total=total, completed=done, rate="") if bar else None
+
+    @property
+    def per_second(self) -> float:
+        """Items per second since this process began (what an earlier one did is not counted)."""
+        return (self.done - self._before) / max(time.monotonic() - self.begun, 1e-9)
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Count items as done; ``note`` stands beside the rate."""
+        self.done += count
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.done, rate=f"{self.per_second:.1f}/s {note}")
+        elif time.monotonic() - self._said_at >= LINE_EVERY_S or self.done >= self.total:
+            self._said_at = time.monotonic()
+            left_s = (self.total - self.done) / self.per_second if self.per_second > 0 else float("inf")
+            logger.info(
+                "%s: %d of %d, %.1f/s, %s left %s",
+                self.label,
+                self.done,
+                self.total,
+                self.per_second,
+                _span(left_s),
+                note,
+            )
+
+
+@contextlib.contextmanager
+def meter(label: str, total: int, done: int = 0) -> Iterator[Meter]:
+    """Show progress while the context lasts."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Meter(label, total, done, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield Meter(label, total, done, bar)
+
+
+def _span(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "unknown time"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,156 @@
+"""The table a run ends with: one row a round, in the terminal, as report.json and in MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from trajectory_store import TrajectoryStore
+
+from jf_cluster.config import Config
+from jf_cluster.evaluate.evaluation import load_evaluation
+from jf_cluster.tracking import StageRun, Tracker
+
+LOG_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class Row:
+    """Model ``round`` (0 is the base): what collecting with it showed, how it decodes, what it took. None: not known yet.
+
+    Block size, samples, iterations and ``seconds_collect`` are those of the trajectories this model generated, which
+    the next round trains on.
+    """
+
+    round: int
+    block_size: int | None
+    samples: int | None
+    iterations_per_block: float | None
+    tpf_jacobi: float | None
+    tpf_multiblock: float | None
+    tps_ar: float | None
+    tps_jacobi: float | None
+    tps_multiblock: float | None
+    accuracy_ar: float | None
+    accuracy_jacobi: float | None
+    accuracy_multiblock: float | None
+    agreement_with_base: float | None
+    seconds_collect: float | None
+    seconds_train: float | None
+
+
+def rows_of(config: Config) -> list[Row]:
+    """Give a row for every model that was evaluated or has collected."""
+    found = (_row(config, round_number) for round_number in range(_rounds(config) + 1))
+    return [row for row in found if row is not None]
+
+
+def _rounds(config: Config) -> int:
+    made = [int(path.name.removeprefix("round-")) for path in (config.run_dir / "models").glob("round-[0-9]*")]
+    return max(made, default=0)
+
+
+def _row(config: Config, round_number: int) -> Row | None:
+    evaluation = load_evaluation(config, round_number)
+    folder = TrajectoryStore(config.store_url).round(round_number + 1)
+    manifest = folder.manifest if folder.is_sealed else None
+    if evaluation is None and manifest is None:
+        return None
+    return Row(
+        round=round_number,
+        block_size=manifest.provenance.block_size if manifest else None,
+        samples=manifest.rows if manifest else None,
+        iterations_per_block=manifest.iterations_per_block if manifest else None,
+        tpf_jacobi=evaluation.jacobi.tpf if evaluation else None,
+        tpf_multiblock=evaluation.multiblock.tpf if evaluation else None,
+        tps_ar=evaluation.ar.tps if evaluation else None,
+        tps_jacobi=evaluation.jacobi.tps if evaluation else None,
+        tps_multiblock=evaluation.multiblock.tps if evaluation else None,
+        accuracy_ar=evaluation.ar.accuracy if evaluation else None,
+        accuracy_jacobi=evaluation.jacobi.accuracy if evaluation else None,
+        accuracy_multiblock=evaluation.multiblock.accuracy if evaluation else None,
+        agreement_with_base=evaluation.agreement_with_base if evaluation else None,
+        seconds_collect=_seconds(config.run_dir / "collecting" / f"round-{round_number + 1:03d}.json"),
+        seconds_train=0.0
+        if round_number == 0
+        else _seconds(config.run_dir / "training" / f"round-{round_number:03d}.json"),
+    )
+
+
+def _seconds(path: Path) -> float | None:
+    return float(json.loads(path.read_text())["seconds"]) if path.is_file() else None
+
+
+def write_report(config: Config) -> list[Row]:
+    """Write report.json in one atomic step and give its rows."""
+    rows = rows_of(config)
+    path = config.run_dir / "report.json"
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps({"rounds": [asdict(row) for row in rows]}, indent=1) + "\n")
+    os.replace(draft, path)
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows as a table for people."""
+    shown = Table(title="Rounds (0 is the base model)", title_justify="left")
+    for name in (
+        *("round", "block\nsize", "samples", "iterations\nper block", "TPF\nJacobi", "TPF\nmulti-block"),
+        *("TPS\nAR", "TPS\nJacobi", "TPS\nmulti-block", "speed-up\nJacobi", "speed-up\nmulti-block"),
+        *(
+            "accuracy\nAR",
+            "accuracy\nJacobi",
+            "accuracy\nmulti-block",
+            "agreement\nwith base",
+            "collect\ns",
+            "train\ns",
+        ),
+    ):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        shown.add_row(
+            *(
+                str(row.round),
+                _number(row.block_size, 0),
+                _number(row.samples, 0),
+                _number(row.iterations_per_block, 2),
+            ),
+            *(_number(row.tpf_jacobi, 2), _number(row.tpf_multiblock, 2)),
+            *(_number(row.tps_ar, 0), _number(row.tps_jacobi, 0), _number(row.tps_multiblock, 0)),
+            *(_ratio(row.tps_jacobi, row.tps_ar), _ratio(row.tps_multiblock, row.tps_ar)),
+            *(_percent(row.accuracy_ar), _percent(row.accuracy_jacobi), _percent(row.accuracy_multiblock)),
+            *(_percent(row.agreement_with_base), _number(row.seconds_collect, 0), _number(row.seconds_train, 0)),
+        )
+    return shown
+
+
+def print_table(rows: list[Row]) -> None:
+    """Show the table; a log that is no terminal gets it wide enough not to be folded."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    console.print(table(rows))
+
+
+def log_report(config: Config, tracker: Tracker, rows: list[Row]) -> None:
+    """Record the rows as metrics of the distillation's own MLflow run, one step a round, and the file beside it."""
+    run = StageRun.attach(tracker.uri, tracker.run_id, config.run_dir / "tracking" / "report.jsonl")
+    for row in rows:
+        run.metrics({k: v for k, v in asdict(row).items() if k != "round" and v is not None}, step=row.round)
+    run.artifact(config.run_dir / "report.json")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _ratio(value: float | None, reference: float | None) -> str:
+    return "" if value is None or not reference else f"{value / reference:.2f}×"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"

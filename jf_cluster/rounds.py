@@ -1,0 +1,227 @@
+"""The rounds: collect with model r-1, train model r, evaluate it, and again; resumable at every step.
+
+What is done is read from the outputs alone (a sealed round, a model directory, an evaluation file), each of which
+appears in one atomic step. So there is no state to go wrong: the same call does whatever is missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from trajectory_store import TrajectoryStore
+
+from jf_cluster.cluster import connected
+from jf_cluster.collect import collect_round
+from jf_cluster.config import Config, ConfigError
+from jf_cluster.evaluate import evaluate_round, load_evaluation
+from jf_cluster.models import resolve
+from jf_cluster.preflight import check
+from jf_cluster.report import log_report, print_table, write_report
+from jf_cluster.tracking import Tracker
+from jf_cluster.train import train_round
+
+logger = logging.getLogger(__name__)
+
+OPERATIONAL = frozenset(
+    {
+        *("name", "runs_dir", "store", "rounds", "tracking", "model.attention"),
+        *("collect.workers", "collect.cpus_per_worker", "collect.gpus_per_worker", "collect.batch_prompts"),
+        *("collect.batch_timeout_s", "collect.max_attempts", "collect.forward_tokens", "collect.shard_bytes"),
+        "collect.commit_every_s",
+        *("train.workers", "train.cpus_per_worker", "train.gpus_per_worker", "train.loss_chunk_tokens", "train.zero"),
+        *("train.gradient_checkpointing", "train.checkpoint_every_steps", "train.keep_checkpoints"),
+        *("train.max_restarts", "evaluate.batch_prompts"),
+    }
+)
+"""Settings that say how a run is carried out, not what comes out of it: they may change between its commands."""
+
+
+class RunBusyError(RuntimeError):
+    """Another process works on the same run."""
+
+
+class Rounds:
+    """The stages of one run, each done when its output exists and made with what it needs."""
+
+    def __init__(self, config: Config, tracker: Tracker) -> None:
+        self.config = config
+        self.tracker = tracker
+        self.store = TrajectoryStore(config.store_url)
+
+    def collected(self, round_number: int) -> bool:
+        """Whether the round's trajectories are sealed."""
+        return self.store.round(round_number).is_sealed
+
+    def trained(self, round_number: int) -> bool:
+        """Whether model ``round_number`` exists; model 0 always does."""
+        return round_number == 0 or Path(self.config.model_dir(round_number)).is_dir()
+
+    def evaluated(self, round_number: int) -> bool:
+        """Whether model ``round_number`` has been evaluated."""
+        return load_evaluation(self.config, round_number) is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of the configuration's rounds, and the collection with the last model, are done."""
+        last = self.config.rounds
+        return (
+            all(self.collected(r) for r in range(1, last + 2))
+            and all(self.trained(r) for r in range(1, last + 1))
+            and all(self.evaluated(r) for r in range(last + 1))
+        )
+
+    def collect(self, round_number: int | None = None) -> None:
+        """Collect a round; by default the first that is not collected and whose model exists."""
+        if round_number is None:
+            round_number = next(r for r in _count(1) if not self.collected(r))
+            if not self.trained(round_number - 1):
+                self._say(f"round {round_number - 1} is collected already and waits to be trained", "train")
+                return
+        elif self.collected(round_number):
+            self._say(f"round {round_number} is collected already", "train")
+            return
+        self._make_models(round_number - 1)
+        collect_round(self.config, round_number, self.tracker)
+        self._say(f"trajectories of round {round_number} are in {self.store.round(round_number).url}", "train")
+
+    def train(self, round_number: int | None = None) -> None:
+        """Train a round; by default the first whose model is missing. What it learns from is collected if need be."""
+        if round_number is None:
+            round_number = next(r for r in _count(1) if not self.trained(r))
+        elif round_number == 0:
+            raise ConfigError("round 0 is the base model, which is not trained: rounds count from 1")
+        if self.trained(round_number):
+            self._say(f"model {round_number} is trained already", "evaluate")
+            return
+        self._make_models(round_number)
+        self._say(f"model {round_number} is in {self.config.model_dir(round_number)}", "evaluate")
+
+    def evaluate(self, round_number: int | None = None) -> None:
+        """Evaluate a model; by default the first that exists and has not been evaluated. The base goes first."""
+        if round_number is None:
+            round_number = next(r for r in _count(0) if not self.trained(r) or not self.evaluated(r))
+            if not self.trained(round_number):
+                print_table(write_report(self.config))
+                self._say(f"models 0 to {round_number - 1} are evaluated already", "collect")
+                return
+        self._make_models(round_number)
+        if round_number > 0:
+            evaluate_round(self.config, 0, self.tracker)
+        evaluate_round(self.config, round_number, self.tracker)
+        print_table(write_report(self.config))
+        self._say(f"the evaluation of model {round_number} is in {self.config.run_dir / 'evaluation'}", "collect")
+
+    def distill(self) -> None:
+        """Do all rounds, then collect once more with the last model, so that its iterations per block are known."""
+        evaluate_round(self.config, 0, self.tracker)
+        for round_number in range(1, self.config.rounds + 1):
+            self._make_models(round_number)
+            evaluate_round(self.config, round_number, self.tracker)
+            write_report(self.config)
+        collect_round(self.config, self.config.rounds + 1, self.tracker)
+        rows = write_report(self.config)
+        log_report(self.config, self.tracker, rows)
+        print_table(rows)
+        self._say(
+            f"{self.config.rounds} rounds are done; the model is in {self.config.model_dir(self.config.rounds)}, "
+            f"the table in {self.config.run_dir / 'report.json'}; see every step with: make mlflow"
+        )
+
+    def _make_models(self, last: int) -> None:
+        """Make every missing model up to ``last`` with the trajectories it needs."""
+        for round_number in range(1, last + 1):
+            if not self.trained(round_number):
+                collect_round(self.config, round_number, self.tracker)
+                train_round(self.config, round_number, self.tracker)
+
+    def _say(self, what: str, following: str | None = None) -> None:
+        logger.info("%s%s", what, f"; next: ray job submit jobs/{following}.py" if following else "")
+
+
+def _count(start: int) -> range:
+    return range(start, 1_000_000)
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[Rounds]:
+    """Claim a run, check what it needs, join Ray and MLflow, and give its rounds.
+
+    Raises:
+        ConfigError: the run was begun with settings that would give other results.
+        RunBusyError: another process works on it.
+        PreflightError, ModelError, PromptsError: something it needs is missing.
+        ClusterError: Ray cannot be reached or is too small.
+    """
+    resolve(config.model.base)
+    check(config)
+    with _claimed(config), Tracker.open(config) as tracker, connected(config):
+        yield Rounds(config, tracker)
+
+
+def distill(config: Config) -> None:
+    """Run the whole chain, or what is missing of it."""
+    with opened(config) as rounds:
+        rounds.distill()
+
+
+@contextmanager
+def _claimed(config: Config) -> Iterator[None]:
+    """Hold the run's lock and record its configuration."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with (config.run_dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunBusyError(
+                f"another process works on the run in {config.run_dir}: wait for it, or give this one another name"
+            ) from error
+        _record(config)
+        yield
+
+
+def _record(config: Config) -> None:
+    """Write config.yaml, or make sure that this configuration continues the one it holds.
+
+    Raises:
+        ConfigError: names the settings that differ.
+    """
+    path = config.run_dir / "config.yaml"
+    rounds = config.rounds
+    if path.is_file():
+        begun = OmegaConf.to_container(OmegaConf.load(path))
+        before, now = _leaves(begun), _leaves(config.model_dump(mode="json"))
+        differing = [
+            f"  {key}: {before.get(key)!r} before, {now.get(key)!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not _is_operational(key)
+        ]
+        if differing:
+            raise ConfigError(
+                "\n".join(
+                    [
+                        f"the run in {config.run_dir} was begun with other settings:",
+                        *differing,
+                        f"Set them back, or start another run (name=other). To start this one again, delete {config.run_dir}.",
+                    ]
+                )
+            )
+        rounds = max(rounds, int(begun.get("rounds", 0)))
+    draft = path.with_suffix(".tmp")
+    draft.write_text(config.model_copy(update={"rounds": rounds}).to_yaml())
+    draft.replace(path)
+
+
+def _is_operational(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in OPERATIONAL)
+
+
+def _leaves(tree: object, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as dotted names."""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, part in tree.items() for key, value in _leaves(part, f"{prefix}{name}.").items()}

@@ -1,0 +1,19 @@
+#!/usr/bin/env python
+"""Collect a round: Ray actors decode its prompts with the newest model and store the Jacobi trajectories."""
+
+import typer
+
+from jf_cluster.command import DEFAULT_CONFIG, ConfigPath, Overrides, RoundNumber, run
+
+
+def main(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG, round_number: RoundNumber = None) -> None:
+    """Collect the Jacobi trajectories of a round: its prompts are decoded by Ray actors with the model of the round
+    before, and written to the trajectory store under runs/NAME/store. Models that are missing before it are trained first.
+
+    Only what is missing is done; interrupted anywhere, the same command carries on.
+    """
+    run(config, overrides, lambda rounds: rounds.collect(round_number))
+
+
+if __name__ == "__main__":
+    typer.run(main)
