@@ -17,7 +17,6 @@ from typing import Annotated
 
 import typer
 from ray.exceptions import RayError
-from trajectory_store import StoreError
 
 from jf_cluster.cluster import ClusterError, home
 from jf_cluster.collect import CollectError
@@ -29,6 +28,7 @@ from jf_cluster.models import ModelError
 from jf_cluster.preflight import PreflightError
 from jf_cluster.rounds import Rounds, RunBusyError, opened
 from jf_cluster.train import TrainingError
+from trajectory_store import StoreError
 
 logger = logging.getLogger(__name__)
 

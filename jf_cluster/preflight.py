@@ -59,8 +59,8 @@ def _check_memory(config: Config, weights: int) -> None:
     if max(collecting, training) > available:
         setting = "collect.workers" if collecting > training else "train.workers or the model"
         raise PreflightError(
-            f"the run needs about {max(collecting, training) / GIB:.1f} GiB of memory and {available / GIB:.1f} GiB are "
-            f"free: lower {setting}, or free some"
+            f"the run needs about {max(collecting, training) / GIB:.1f} GiB of memory and {available / GIB:.1f} GiB "
+            f"are free: lower {setting}, or free some"
         )
 
 

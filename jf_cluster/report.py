@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from trajectory_store import TrajectoryStore
 
 from jf_cluster.config import Config
 from jf_cluster.evaluate.evaluation import load_evaluation
 from jf_cluster.tracking import StageRun, Tracker
+from trajectory_store import TrajectoryStore
 
 LOG_WIDTH = 160
 
 
 @dataclass(frozen=True)
 class Row:
-    """Model ``round`` (0 is the base): what collecting with it showed, how it decodes, what it took. None: not known yet.
+    """Model ``round`` (0 is the base): what collecting with it showed, how it decodes, what it took. None: not known.
 
     Block size, samples, iterations and ``seconds_collect`` are those of the trajectories this model generated, which
     the next round trains on.
@@ -91,7 +90,7 @@ def write_report(config: Config) -> list[Row]:
     path = config.run_dir / "report.json"
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps({"rounds": [asdict(row) for row in rows]}, indent=1) + "\n")
-    os.replace(draft, path)
+    draft.replace(path)
     return rows
 
 
@@ -149,7 +148,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _ratio(value: float | None, reference: float | None) -> str:
-    return "" if value is None or not reference else f"{value / reference:.2f}×"
+    return "" if value is None or not reference else f"{value / reference:.2f}x"
 
 
 def _percent(value: float | None) -> str:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from trajectory_store import TrajectoryStore
 
 from jf_cluster.cluster import connected
 from jf_cluster.collect import collect_round
@@ -24,6 +23,7 @@ from jf_cluster.preflight import check
 from jf_cluster.report import log_report, print_table, write_report
 from jf_cluster.tracking import Tracker
 from jf_cluster.train import train_round
+from trajectory_store import TrajectoryStore
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Rounds:
             return
         self._make_models(round_number - 1)
         collect_round(self.config, round_number, self.tracker)
-        self._say(f"trajectories of round {round_number} are in {self.store.round(round_number).url}", "train")
+        self._say(f"trajectories of round {round_number} are in {self.store.round(round_number).folder.path}", "train")
 
     def train(self, round_number: int | None = None) -> None:
         """Train a round; by default the first whose model is missing. What it learns from is collected if need be."""
@@ -206,7 +206,7 @@ def _record(config: Config) -> None:
                     [
                         f"the run in {config.run_dir} was begun with other settings:",
                         *differing,
-                        f"Set them back, or start another run (name=other). To start this one again, delete {config.run_dir}.",
+                        f"Set them back, or start another run (name=other), or delete {config.run_dir} to begin again.",
                     ]
                 )
             )

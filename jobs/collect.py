@@ -8,7 +8,7 @@ from jf_cluster.command import DEFAULT_CONFIG, ConfigPath, Overrides, RoundNumbe
 
 def main(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG, round_number: RoundNumber = None) -> None:
     """Collect the Jacobi trajectories of a round: its prompts are decoded by Ray actors with the model of the round
-    before, and written to the trajectory store under runs/NAME/store. Models that are missing before it are trained first.
+    before and written to the trajectory store, runs/NAME/store. Models that are missing before it are trained first.
 
     Only what is missing is done; interrupted anywhere, the same command carries on.
     """

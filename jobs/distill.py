@@ -7,8 +7,8 @@ from jf_cluster.command import DEFAULT_CONFIG, ConfigPath, Overrides, RoundNumbe
 
 
 def main(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG, round_number: RoundNumber = None) -> None:
-    """Run all rounds: evaluate the base, then for each round collect trajectories, train on them and evaluate the model;
-    at the end collect once more with the last model and print one table. --round says how many rounds.
+    """Run all rounds: evaluate the base, then for each round collect trajectories, train on them and evaluate the
+    model; at the end collect once more with the last model and print one table. --round says how many rounds.
 
     Only what is missing is done; interrupted anywhere, the same command carries on.
     """

@@ -7,8 +7,8 @@ from jf_cluster.command import DEFAULT_CONFIG, ConfigPath, Overrides, RoundNumbe
 
 
 def main(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG, round_number: RoundNumber = None) -> None:
-    """Evaluate the model of a round on the held-out prompts: accuracy, agreement with the base model, tokens per forward
-    and tokens per second of AR, Jacobi and multi-block decoding, to runs/NAME/evaluation. Round 0 is the base model.
+    """Evaluate the model of a round on the held-out prompts: accuracy, agreement with the base model, tokens per
+    forward and tokens per second of AR, Jacobi and multi-block decoding, to runs/NAME/evaluation. Round 0 is the base.
     """
     run(config, overrides, lambda rounds: rounds.evaluate(round_number))
 

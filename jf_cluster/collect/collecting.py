@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -16,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import ray
-from trajectory_store import Manifest, Provenance, StoreError, TrajectoryStore
-from trajectory_store.round import Round
 from transformers import AutoConfig
 
 from jf_cluster import __version__
@@ -28,6 +25,7 @@ from jf_cluster.config import Config, ConfigError
 from jf_cluster.models import ModelError, load_tokenizer, model_hash, resolve, tokenizer_hash
 from jf_cluster.progress import meter
 from jf_cluster.tracking import StageRun, Tracker
+from trajectory_store import Manifest, Provenance, Round, StoreError, TrajectoryStore
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +73,7 @@ def collect_round(
         if not folder.committed_ids():
             reasons = sorted(set(folder.rejects().values()))[:3]
             raise CollectError(
-                f"none of the {len(prompts)} prompts of round {round_number} could be decoded; reasons: {'; '.join(reasons)}"
+                f"none of the {len(prompts)} prompts of round {round_number} could be decoded: {'; '.join(reasons)}"
             )
         manifest = folder.seal(provenance)
         stage.tags({"content_hash": manifest.content_hash})
@@ -89,9 +87,9 @@ def collect_round(
             }
         )
     logger.info(
-        "round %d collected: %d trajectories (%d response tokens, %.2f iterations per block), %d rejected, in %.0f s → %s",
-        *(round_number, manifest.rows, manifest.response_tokens, manifest.iterations_per_block, manifest.rejects),
-        *(summary.seconds, folder.url),
+        f"round {round_number} collected in {summary.seconds:.0f} s: {manifest.rows} trajectories, "
+        f"{manifest.response_tokens} response tokens, {manifest.iterations_per_block:.2f} iterations per block, "
+        f"{manifest.rejects} rejected → {folder.folder.path}"
     )
     return manifest
 
@@ -206,4 +204,4 @@ class Summary:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".tmp")
         draft.write_text(json.dumps({"seconds": self.seconds, "attempts": self.attempts}, indent=1) + "\n")
-        os.replace(draft, self.path)
+        draft.replace(self.path)

@@ -107,8 +107,8 @@ def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list
 
 def _too_few_held_out(settings: PromptsConfig, there: int) -> PromptsError:
     return PromptsError(
-        f"{there} texts of {settings.source} are held out (one of 16, by a digest of the text) and prompts.held_out asks "
-        f"for {settings.held_out}: lower it or use a larger data set"
+        f"{there} texts of {settings.source} are held out (one of 16, by a digest of the text) and prompts.held_out "
+        f"asks for {settings.held_out}: lower it or use a larger data set"
     )
 
 

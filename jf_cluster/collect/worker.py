@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from trajectory_store import Provenance, Trajectory, TrajectoryStore
 from transformers import PreTrainedModel
 
 from jf_cluster.collect.dispatch import Report
@@ -23,6 +22,7 @@ from jf_cluster.jacobi.responses import Response, generate_responses
 from jf_cluster.jacobi.sampling import Sampling, prompt_key
 from jf_cluster.jacobi.trajectories import trace
 from jf_cluster.models import end_ids, load_model, load_tokenizer
+from trajectory_store import Provenance, Trajectory, TrajectoryStore
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -84,5 +83,5 @@ def save_evaluation(config: Config, evaluation: Evaluation) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.write_text(evaluation.model_dump_json(indent=1) + "\n")
-    os.replace(draft, path)
+    draft.replace(path)
     return path
