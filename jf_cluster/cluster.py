@@ -21,12 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-
-from jf_cluster import ray_environment  # before ray: it reads its environment when imported
-
-import ray  # isort: skip
+import ray
 
 from jf_cluster.config import Config
+from jf_cluster.ray_environment import DASHBOARD_PORT
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +100,7 @@ def connected(config: Config) -> Iterator[None]:
     if address:
         logger.info("joining the Ray cluster at %s", address)
         try:
-            ray.init(address=address, logging_level=logging.WARNING)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
     else:
@@ -112,6 +110,8 @@ def connected(config: Config) -> Iterator[None]:
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.WARNING,
+            # What workers print stays in Ray's log files: it would tear the progress bars; failures come as exceptions.
+            log_to_driver=False,
         )
     try:
         _require("CPU", cpus, "cpus_per_worker")
@@ -140,7 +140,7 @@ def _port_of(url: str) -> int:
     return int(url.rsplit(":", 1)[1])
 
 
-def start_head(runs_dir: Path, *, timeout_s: float = 120.0, port: int = ray_environment.DASHBOARD_PORT) -> Head:
+def start_head(runs_dir: Path, *, timeout_s: float = 120.0, port: int = DASHBOARD_PORT) -> Head:
     """Start a Ray head on 127.0.0.1 in the current directory and wait until its job server answers.
 
     Jobs are run in the current directory, with this Python's programs first on the path. A head that already runs is

@@ -2,13 +2,14 @@
 
 `ray.init()` switches token authentication on by itself, `ray job submit` does not and is then refused; both read these
 variables. The Makefile has `.venv` import this module whenever Python starts, so that the `ray` command typed in a
-fresh shell finds the cluster of `make cluster` with nothing exported by hand. Only the standard library is imported
-here, and what the user has set is left alone.
+fresh shell finds the cluster of `make cluster` with nothing exported by hand; elsewhere importing jf_cluster does it.
+Only the standard library is imported here, and what the user has set is left alone.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 DASHBOARD_PORT = 8265
 
@@ -16,12 +17,16 @@ DEFAULTS = {
     "RAY_AUTH_MODE": "token",
     # 0 keeps Ray's servers on 127.0.0.1, on Linux too. Export 1 on every machine of a cluster of several nodes.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray runs its workers at niceness 15; here they are the work, and anything else on the machine would starve them.
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
-for _name, _value in DEFAULTS.items():
-    os.environ.setdefault(_name, _value)
-if "RAY_ADDRESS" not in os.environ:
-    # Where `ray job submit` sends jobs; without it the command guesses among all Rays of the machine.
-    os.environ.setdefault("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{DASHBOARD_PORT}")
+# Ray keeps what it read when it was imported: a change after that would set its processes at odds with each other.
+if "ray" not in sys.modules:
+    for _name, _value in DEFAULTS.items():
+        os.environ.setdefault(_name, _value)
+    if "RAY_ADDRESS" not in os.environ:
+        # Where `ray job submit` sends jobs; without it the command guesses among all Rays of the machine.
+        os.environ.setdefault("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{DASHBOARD_PORT}")
