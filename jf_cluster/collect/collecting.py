@@ -128,7 +128,7 @@ def _work(
 
     def start(number: int) -> ray.actor.ActorHandle:
         starts[0] += 1
-        return remote.remote(config, round_number, provenance, f"{attempt}-{number}-{starts[0]}")
+        return remote.remote(config, round_number, provenance, f"{attempt}.{number}.{starts[0]}")
 
     dispatcher: Dispatcher[Prompt, Counts] = Dispatcher(
         start,
