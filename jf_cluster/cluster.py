@@ -95,6 +95,8 @@ def connected(config: Config) -> Iterator[None]:
     gpus = max(
         config.collect.workers * config.collect.gpus_per_worker, config.train.workers * config.train.gpus_per_worker
     )
+    # Ray puts a handler of its own in place, which ends the process on the spot.
+    on_terminate = signal.getsignal(signal.SIGTERM)
     head = running_head(config.runs_dir)
     address = os.environ.get("RAY_ADDRESS") or (head.address if head else None)
     if address:
@@ -113,6 +115,7 @@ def connected(config: Config) -> Iterator[None]:
             # What workers print stays in Ray's log files: it would tear the progress bars; failures come as exceptions.
             log_to_driver=False,
         )
+    signal.signal(signal.SIGTERM, on_terminate)
     try:
         _require("CPU", cpus, "cpus_per_worker")
         _require("GPU", gpus, "gpus_per_worker")

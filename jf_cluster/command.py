@@ -61,6 +61,7 @@ def start_logging() -> None:
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn expected errors into one message and an exit code; anything else is a bug and keeps its traceback."""
+    signal.signal(signal.SIGTERM, _interrupted)
     try:
         yield
     except WRONG_INPUT as error:
@@ -89,6 +90,4 @@ def run(path: Path, overrides: list[str] | None, stage: Callable[[Rounds], None]
     """Carry out a stage of the run that a configuration describes."""
     start_logging()
     with clear_errors(), opened(load(path, overrides)) as rounds:
-        # Set when Ray runs: it installs a handler of its own, which ends the process on the spot.
-        signal.signal(signal.SIGTERM, _interrupted)
         stage(rounds)

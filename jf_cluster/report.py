@@ -14,7 +14,7 @@ from jf_cluster.evaluate.evaluation import load_evaluation
 from jf_cluster.tracking import StageRun, Tracker
 from trajectory_store import TrajectoryStore
 
-LOG_WIDTH = 160
+TABLE_WIDTH = 150
 
 
 @dataclass(frozen=True)
@@ -95,44 +95,42 @@ def write_report(config: Config) -> list[Row]:
 
 
 def table(rows: list[Row]) -> Table:
-    """The rows as a table for people."""
+    """The rows as a table for people; figures of several decoding modes share a column."""
     shown = Table(title="Rounds (0 is the base model)", title_justify="left")
     for name in (
-        *("round", "block\nsize", "samples", "iterations\nper block", "TPF\nJacobi", "TPF\nmulti-block"),
-        *("TPS\nAR", "TPS\nJacobi", "TPS\nmulti-block", "speed-up\nJacobi", "speed-up\nmulti-block"),
-        *(
-            "accuracy\nAR",
-            "accuracy\nJacobi",
-            "accuracy\nmulti-block",
-            "agreement\nwith base",
-            "collect\ns",
-            "train\ns",
-        ),
+        "round",
+        "block\nsize",
+        "samples",
+        "iterations\nper block",
+        "tokens/forward\nJacobi, multi",
+        "tokens/second\nAR, Jacobi, multi",
+        "speed-up\nJacobi, multi",
+        "accuracy %\nAR, Jacobi, multi",
+        "agrees with\nbase %",
+        "collect\ns",
+        "train\ns",
     ):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
-            *(
-                str(row.round),
-                _number(row.block_size, 0),
-                _number(row.samples, 0),
-                _number(row.iterations_per_block, 2),
-            ),
-            *(_number(row.tpf_jacobi, 2), _number(row.tpf_multiblock, 2)),
-            *(_number(row.tps_ar, 0), _number(row.tps_jacobi, 0), _number(row.tps_multiblock, 0)),
-            *(_ratio(row.tps_jacobi, row.tps_ar), _ratio(row.tps_multiblock, row.tps_ar)),
-            *(_percent(row.accuracy_ar), _percent(row.accuracy_jacobi), _percent(row.accuracy_multiblock)),
-            *(_percent(row.agreement_with_base), _number(row.seconds_collect, 0), _number(row.seconds_train, 0)),
+            str(row.round),
+            _figures(0, row.block_size),
+            _figures(0, row.samples),
+            _figures(2, row.iterations_per_block),
+            _figures(2, row.tpf_jacobi, row.tpf_multiblock),
+            _figures(0, row.tps_ar, row.tps_jacobi, row.tps_multiblock),
+            _figures(2, _ratio(row.tps_jacobi, row.tps_ar), _ratio(row.tps_multiblock, row.tps_ar)),
+            _figures(1, *map(_percent, (row.accuracy_ar, row.accuracy_jacobi, row.accuracy_multiblock))),
+            _figures(1, _percent(row.agreement_with_base)),
+            _figures(0, row.seconds_collect),
+            _figures(0, row.seconds_train),
         )
     return shown
 
 
 def print_table(rows: list[Row]) -> None:
-    """Show the table; a log that is no terminal gets it wide enough not to be folded."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_WIDTH)
-    console.print(table(rows))
+    """Show the table; a narrow terminal or a log gets it whole rather than cut."""
+    Console(width=max(Console().width, TABLE_WIDTH)).print(table(rows))
 
 
 def log_report(config: Config, tracker: Tracker, rows: list[Row]) -> None:
@@ -143,13 +141,13 @@ def log_report(config: Config, tracker: Tracker, rows: list[Row]) -> None:
     run.artifact(config.run_dir / "report.json")
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _figures(digits: int, *values: float | None) -> str:
+    return "  ".join("-" if value is None else f"{value:.{digits}f}" for value in values)
 
 
-def _ratio(value: float | None, reference: float | None) -> str:
-    return "" if value is None or not reference else f"{value / reference:.2f}x"
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return None if value is None or not reference else value / reference
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}%"
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -48,10 +48,12 @@ class RunBusyError(RuntimeError):
 class Rounds:
     """The stages of one run, each done when its output exists and made with what it needs."""
 
-    def __init__(self, config: Config, tracker: Tracker) -> None:
+    def __init__(self, config: Config, tracker: Tracker, ray: ExitStack) -> None:
         self.config = config
         self.tracker = tracker
         self.store = TrajectoryStore(config.store_url)
+        self._ray = ray
+        self._connected = False
 
     def collected(self, round_number: int) -> bool:
         """Whether the round's trajectories are sealed."""
@@ -65,16 +67,6 @@ class Rounds:
         """Whether model ``round_number`` has been evaluated."""
         return load_evaluation(self.config, round_number) is not None
 
-    @property
-    def finished(self) -> bool:
-        """Whether all of the configuration's rounds, and the collection with the last model, are done."""
-        last = self.config.rounds
-        return (
-            all(self.collected(r) for r in range(1, last + 2))
-            and all(self.trained(r) for r in range(1, last + 1))
-            and all(self.evaluated(r) for r in range(last + 1))
-        )
-
     def collect(self, round_number: int | None = None) -> None:
         """Collect a round; by default the first that is not collected and whose model exists."""
         if round_number is None:
@@ -86,7 +78,7 @@ class Rounds:
             self._say(f"round {round_number} is collected already", "train")
             return
         self._make_models(round_number - 1)
-        collect_round(self.config, round_number, self.tracker)
+        self._collect(round_number)
         self._say(f"trajectories of round {round_number} are in {self.store.round(round_number).folder.path}", "train")
 
     def train(self, round_number: int | None = None) -> None:
@@ -110,20 +102,19 @@ class Rounds:
                 self._say(f"models 0 to {round_number - 1} are evaluated already", "collect")
                 return
         self._make_models(round_number)
-        if round_number > 0:
-            evaluate_round(self.config, 0, self.tracker)
-        evaluate_round(self.config, round_number, self.tracker)
+        self._evaluate(0)
+        self._evaluate(round_number)
         print_table(write_report(self.config))
         self._say(f"the evaluation of model {round_number} is in {self.config.run_dir / 'evaluation'}", "collect")
 
     def distill(self) -> None:
         """Do all rounds, then collect once more with the last model, so that its iterations per block are known."""
-        evaluate_round(self.config, 0, self.tracker)
+        self._evaluate(0)
         for round_number in range(1, self.config.rounds + 1):
             self._make_models(round_number)
-            evaluate_round(self.config, round_number, self.tracker)
+            self._evaluate(round_number)
             write_report(self.config)
-        collect_round(self.config, self.config.rounds + 1, self.tracker)
+        self._collect(self.config.rounds + 1)
         rows = write_report(self.config)
         log_report(self.config, self.tracker, rows)
         print_table(rows)
@@ -136,8 +127,25 @@ class Rounds:
         """Make every missing model up to ``last`` with the trajectories it needs."""
         for round_number in range(1, last + 1):
             if not self.trained(round_number):
-                collect_round(self.config, round_number, self.tracker)
+                self._collect(round_number)
+                self._join()
                 train_round(self.config, round_number, self.tracker)
+
+    def _collect(self, round_number: int) -> None:
+        if not self.collected(round_number):
+            self._join()
+            collect_round(self.config, round_number, self.tracker)
+
+    def _evaluate(self, round_number: int) -> None:
+        if not self.evaluated(round_number):
+            self._join()
+            evaluate_round(self.config, round_number, self.tracker)
+
+    def _join(self) -> None:
+        """Connect to Ray, once and only when there is work for it."""
+        if not self._connected:
+            self._ray.enter_context(connected(self.config))
+            self._connected = True
 
     def _say(self, what: str, following: str | None = None) -> None:
         logger.info("%s%s", what, f"; next: ray job submit jobs/{following}.py" if following else "")
@@ -149,7 +157,7 @@ def _count(start: int) -> range:
 
 @contextmanager
 def opened(config: Config) -> Iterator[Rounds]:
-    """Claim a run, check what it needs, join Ray and MLflow, and give its rounds.
+    """Claim a run, check what it needs, open its tracking, and give its rounds; Ray is joined when there is work.
 
     Raises:
         ConfigError: the run was begun with settings that would give other results.
@@ -159,8 +167,8 @@ def opened(config: Config) -> Iterator[Rounds]:
     """
     resolve(config.model.base)
     check(config)
-    with _claimed(config), Tracker.open(config) as tracker, connected(config):
-        yield Rounds(config, tracker)
+    with _claimed(config), Tracker.open(config) as tracker, ExitStack() as ray:
+        yield Rounds(config, tracker, ray)
 
 
 def distill(config: Config) -> None:

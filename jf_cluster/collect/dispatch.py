@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = 8
 POLL_S = 1.0
+SAVE_S = 20.0
 
 
 class Item(Protocol):
@@ -151,9 +152,18 @@ class Dispatcher(Generic[T, R]):
                     limit = self._timeout_s if slot.batch or slot.finishing else self._start_timeout_s
                     if not slot.idle and time.monotonic() - slot.since > limit:
                         yield from self._lose(slot, f"no answer within {limit:.0f} s")
+        except KeyboardInterrupt:
+            self._save()
+            raise
         finally:
             for slot in self._slots:
                 ray.kill(slot.actor)
+
+    def _save(self) -> None:
+        """Have workers put on disk what they hold, before they are killed because the run was interrupted."""
+        tasks = [slot.actor.finish.remote() for slot in self._slots if slot.held]
+        if tasks:
+            ray.wait(tasks, num_returns=len(tasks), timeout=SAVE_S)
 
     def _place(self, number: int) -> _Slot[T]:
         actor = self._start(number)
