@@ -108,6 +108,8 @@ def connected(config: Config) -> Iterator[None]:
     else:
         logger.info("starting a local Ray")
         ray.init(
+            # Without it Ray joins whatever cluster was started last on this machine, whoever started it.
+            address="local",
             num_cpus=max(os.cpu_count() or 1, int(cpus + 0.999)),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,

@@ -1,0 +1,68 @@
+"""Collectors that break: what the tests of collecting put in the place of the real one. They do the real work besides."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jf_cluster.collect.dispatch import Report
+from jf_cluster.collect.prompts import Prompt
+from jf_cluster.collect.worker import Collector, Counts
+
+
+def _first(path: Path) -> bool:
+    """Whether this is the first call with this path, over all processes."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+class KilledOnce(Collector):
+    """The first worker to see its second batch is killed with the first still uncommitted."""
+
+    batches = 0
+
+    def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
+        self.batches += 1
+        if self.batches == 2 and _first(self.config.runs_dir / "killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run(prompts)
+
+
+class Poisoned(Collector):
+    """Dies of one prompt, every time."""
+
+    def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
+        if any(p.prompt_id == (self.config.runs_dir / "poison").read_text() for p in prompts):
+            os._exit(1)
+        return super().run(prompts)
+
+
+class Failing(Collector):
+    """Raises on one prompt, every time, without dying."""
+
+    def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
+        if any(p.prompt_id == (self.config.runs_dir / "poison").read_text() for p in prompts):
+            raise ValueError("this prompt is bad")
+        return super().run(prompts)
+
+
+class HungOnce(Collector):
+    """The first batch of all never ends."""
+
+    def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
+        if _first(self.config.runs_dir / "hung"):
+            time.sleep(3600)
+        return super().run(prompts)
+
+
+class FullDisk(Collector):
+    """Finds the disk full when it commits."""
+
+    def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
+        raise OSError(28, "No space left on device")
