@@ -25,112 +25,18 @@ HELD_OUT_BYTES = 16
 MAX_TOTAL = 120
 """The largest running total a problem may reach."""
 
-NAMES = [
-    "Ada",
-    "Ben",
-    "Cara",
-    "Dan",
-    "Ella",
-    "Finn",
-    "Gina",
-    "Hugo",
-    "Iris",
-    "Jack",
-    "Kira",
-    "Leo",
-    "Mia",
-    "Noah",
-    "Olga",
-    "Paul",
-    "Rosa",
-    "Sam",
-    "Tara",
-    "Umar",
-    "Vera",
-    "Will",
-    "Xena",
-    "Yuri",
-    "Zoe",
-    "Anna",
-    "Boris",
-    "Clara",
-    "David",
-    "Emma",
-    "Felix",
-    "Grace",
-    "Henry",
-    "Ivan",
-    "Julia",
-    "Kofi",
-    "Lena",
-    "Marco",
-    "Nina",
-    "Omar",
-    "Petra",
-    "Quinn",
-    "Ravi",
-    "Sofia",
-    "Tom",
-    "Uma",
-    "Victor",
-    "Wanda",
-    "Yara",
-    "Zane",
-]
-COLOURS = ["red", "blue", "green", "yellow", "white", "black", "golden", "silver", "small", "big", "old", "new"]
-OBJECTS = [
-    "marbles",
-    "apples",
-    "stamps",
-    "coins",
-    "shells",
-    "books",
-    "cards",
-    "pencils",
-    "buttons",
-    "stickers",
-    "beads",
-    "cookies",
-    "stones",
-    "keys",
-    "flowers",
-    "balls",
-    "ribbons",
-    "candles",
-    "eggs",
-    "pears",
-    "plums",
-    "nuts",
-    "cups",
-    "dolls",
-    "kites",
-    "lamps",
-    "rings",
-    "shirts",
-    "spoons",
-    "tickets",
-    "toys",
-    "masks",
-]
-CONTAINERS = ["bags", "boxes", "jars", "packs", "baskets", "crates", "tins", "trays"]
-PLACES = [
-    "park",
-    "beach",
-    "market",
-    "school",
-    "station",
-    "garden",
-    "library",
-    "river",
-    "forest",
-    "museum",
-    "harbor",
-    "bakery",
-    "farm",
-    "bridge",
-    "theater",
-    "castle",
-]
+NAMES = (
+    "Ada Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kira Leo Mia Noah Olga Paul Rosa Sam Tara Umar Vera Will Xena Yuri Zoe "
+    "Anna Boris Clara David Emma Felix Grace Henry Ivan Julia Kofi Lena Marco Nina Omar Petra Quinn Ravi Sofia Tom Uma Victor "
+    "Wanda Yara Zane"
+).split()
+COLOURS = "red blue green yellow white black golden silver small big old new".split()
+OBJECTS = (
+    "marbles apples stamps coins shells books cards pencils buttons stickers beads cookies stones keys flowers balls "
+    "ribbons candles eggs pears plums nuts cups dolls kites lamps rings shirts spoons tickets toys masks"
+).split()
+CONTAINERS = "bags boxes jars packs baskets crates tins trays".split()
+PLACES = "park beach market school station garden library river forest museum harbor bakery farm bridge theater castle".split()
 
 
 @dataclass(frozen=True)
