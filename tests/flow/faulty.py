@@ -1,4 +1,4 @@
-"""Collectors that break: what the tests of collecting put in the place of the real one. They do the real work besides."""
+"""Collectors that break: what the tests put in the place of the real one. Besides, they do the real work."""
 
 from __future__ import annotations
 
