@@ -17,6 +17,7 @@ from trajectory_store.errors import (
     StoreUnavailableError,
 )
 from trajectory_store.feed import FeedStep, Position, TrajectoryFeed
+from trajectory_store.follow import FollowPosition, FollowStep, RoundFollower
 from trajectory_store.manifest import Manifest, ShardEntry
 from trajectory_store.order import balanced_shares, global_order, step_bounds
 from trajectory_store.provenance import Provenance
@@ -28,6 +29,8 @@ from trajectory_store.writer import TrajectoryWriter
 __all__ = [
     "CorruptShardError",
     "FeedStep",
+    "FollowPosition",
+    "FollowStep",
     "InvalidNameError",
     "InvalidTrajectoryError",
     "Manifest",
@@ -36,6 +39,7 @@ __all__ = [
     "Provenance",
     "ProvenanceMismatchError",
     "Round",
+    "RoundFollower",
     "RoundNotFoundError",
     "RoundNotSealedError",
     "RoundSealedError",

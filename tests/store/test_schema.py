@@ -1,0 +1,84 @@
+"""Reading what other versions wrote, and what the package may import."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import ipc
+
+import trajectory_store
+from tests.store.conftest import make_trajectory
+from trajectory_store import CorruptShardError, Manifest, Provenance, Round, SchemaVersionError
+from trajectory_store.shard import FinishedShard, ShardEncoder, ShardName, checksum_of
+from trajectory_store.trajectory import normalised
+
+
+def republish(round_: Round, shard: FinishedShard, schema: pa.Schema) -> None:
+    """Publish the shard again as another version would have written it."""
+    read = ipc.open_file(shard.content)
+    sink = pa.BufferOutputStream()
+    with ipc.new_file(sink, schema) as writer:
+        for number in range(read.num_record_batches):
+            batch = read.get_batch_with_custom_metadata(number)
+            arrays = [*batch.batch.columns, pa.array(["new"] * batch.batch.num_rows)][: len(schema)]
+            writer.write_batch(pa.record_batch(arrays, schema=schema), custom_metadata=batch.custom_metadata)
+    content = sink.getvalue()
+    name = ShardName.parse(shard.name)
+    assert name is not None
+    round_.folder.publish(str(ShardName(name.writer, name.sequence, checksum_of(content))), content)
+
+
+@pytest.fixture
+def shard(provenance: Provenance) -> FinishedShard:
+    encoder = ShardEncoder(provenance, "w", 0)
+    encoder.add([normalised(make_trajectory("a"), 8)], [1])
+    return encoder.finish()
+
+
+def test_columns_a_newer_version_added_are_ignored(round_: Round, provenance: Provenance, shard: FinishedShard) -> None:
+    round_.writer(provenance)
+    schema = ipc.open_file(shard.content).schema
+    metadata = schema.metadata | {b"trajectory_store.version": b"7"}
+    republish(round_, shard, schema.append(pa.field("novelty", pa.string())).with_metadata(metadata))
+    assert round_.seal(provenance).rows == 1
+    assert list(round_.reader()) == [make_trajectory("a")]
+
+
+def test_a_shard_that_needs_a_newer_reader_says_so(round_: Round, provenance: Provenance, shard: FinishedShard) -> None:
+    round_.writer(provenance)
+    schema = ipc.open_file(shard.content).schema
+    republish(round_, shard, schema.with_metadata(schema.metadata | {b"trajectory_store.readable_by": b"9"}))
+    with pytest.raises(SchemaVersionError, match="version 9"):
+        round_.committed_ids()
+
+
+def test_an_arrow_file_that_is_no_shard_is_refused(round_: Round, provenance: Provenance, shard: FinishedShard) -> None:
+    round_.writer(provenance)
+    schema = ipc.open_file(shard.content).schema
+    republish(round_, shard, schema.with_metadata(None))
+    with pytest.raises(CorruptShardError, match="no trajectory shard"):
+        round_.committed_ids()
+
+
+def test_manifests_of_other_versions(round_: Round, provenance: Provenance) -> None:
+    text = round_.seal(provenance).to_json()
+    values = json.loads(text)
+    newer = values | {"invention": 1, "provenance": values["provenance"] | {"invention": 1}}
+    assert Manifest.from_json(json.dumps(newer), "here") == round_.manifest
+    with pytest.raises(SchemaVersionError):
+        Manifest.from_json(json.dumps(values | {"readable_by": 99}), "here")
+
+
+def test_the_package_needs_nothing_but_pyarrow_and_numpy() -> None:
+    allowed = {*sys.stdlib_module_names, "numpy", "pyarrow", "trajectory_store"}
+    for path in Path(trajectory_store.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names.append(node.module or "")
+            assert {name.split(".")[0] for name in names} <= allowed, path.name
