@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pyarrow
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from jf_cluster.config import Config, PromptsConfig
@@ -174,8 +175,9 @@ def _dataset(settings: PromptsConfig) -> datasets.Dataset:
         if kind is not None:
             if not path.is_file():
                 raise PromptsError(f"there is no file {path} (prompts.source)")
-            if path.stat().st_size == 0:
-                raise PromptsError(f"{path} (prompts.source) is empty")
+            # `datasets` fails on empty files with messages about other things.
+            if path.stat().st_size == 0 or (kind == "parquet" and parquet.read_metadata(path).num_rows == 0):
+                raise PromptsError(f"{path} (prompts.source) is empty: it has no rows")
             return datasets.load_dataset(kind, data_files=str(path), split="train")
         return datasets.load_dataset(settings.source, settings.subset, split=settings.split)
     except DatasetNotFoundError as error:

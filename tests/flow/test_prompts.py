@@ -1,0 +1,166 @@
+"""Prompts: read from any source, split by their text, sliced by round, refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from jf_cluster.collect.graders import extract, is_right
+from jf_cluster.collect.prompts import PromptsError, check_prompts, held_out_prompts, load_prompts
+from jf_cluster.config import Config
+from jf_cluster.models import load_tokenizer
+from jf_cluster.tiny.pretrain import encode
+from tests.flow.conftest import small_config
+
+TEXTS = [f"How many is {i} and {i + 1}?" for i in range(400)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(small_config(tmp_path_factory.mktemp("tokenizer"), base_model))
+
+
+def written(directory: Path, base_model: Path, rows: list[dict], kind: str = "jsonl", **prompts: object) -> Config:
+    source = directory / f"questions.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    else:
+        source.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    section = {"source": str(source), "per_round": 50, "held_out": 10, **prompts}
+    return small_config(directory / "runs", base_model, prompts=section)
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_local_files(tmp_path: Path, base_model: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
+    rows = [{"question": text, "answer": f"so #### {i}"} for i, text in enumerate(TEXTS)]
+    config = written(tmp_path, base_model, rows, kind, answer_column="answer", grader="gsm8k")
+    prompts = load_prompts(config, tokenizer, 1)
+    assert len(prompts) == 50
+    assert all(rows[TEXTS.index(p.text)]["answer"] == p.answer for p in prompts)
+
+
+def test_held_out_prompts_are_never_trained_on_whatever_the_order(
+    tmp_path: Path, base_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trained, held_out = set(), set()
+    for turn, order in enumerate([TEXTS, TEXTS[::-1], random.Random(0).sample(TEXTS, 400)]):
+        directory = tmp_path / str(turn)
+        directory.mkdir()
+        rows = [{"question": text} for text in order + order[:30]]
+        config = written(directory, base_model, rows, per_round=370)
+        trained |= {p.text for p in load_prompts(config, tokenizer, 1)}
+        held_out |= {p.text for p in held_out_prompts(config, tokenizer)}
+    assert len(held_out) >= 10 and not trained & held_out
+
+
+def test_fresh_rounds_share_no_prompt(tmp_path: Path, base_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for config in (
+        written(tmp_path, base_model, [{"question": t} for t in TEXTS]),
+        small_config(tmp_path / "runs", base_model, prompts__per_round=50),
+    ):
+        rounds = [{p.prompt_id for p in load_prompts(config, tokenizer, r)} for r in (1, 2, 3)]
+        assert all(len(ids) == 50 for ids in rounds) and len(set().union(*rounds)) == 150
+    same = written(tmp_path, base_model, [{"question": t} for t in TEXTS], fresh=False)
+    assert [p.text for p in load_prompts(same, tokenizer, 1)] == [p.text for p in load_prompts(same, tokenizer, 2)]
+
+
+def test_a_text_that_comes_twice_is_one_prompt(
+    tmp_path: Path, base_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = written(tmp_path, base_model, [{"question": t} for t in TEXTS for _ in range(2)], per_round=300)
+    assert len({p.prompt_id for p in load_prompts(config, tokenizer, 1)}) == 300
+
+
+def test_tiny_prompts_are_what_the_base_was_trained_with(
+    tmp_path: Path, base_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = small_config(tmp_path, base_model)
+    for prompt in load_prompts(config, tokenizer, 1):
+        assert prompt.tokens.tolist() == encode(tokenizer, prompt.text)
+    held_out = held_out_prompts(config, tokenizer)
+    other_seed = config.model_copy(update={"seed": 7})
+    assert [p.text for p in held_out_prompts(other_seed, tokenizer)] == [p.text for p in held_out]
+    assert {p.text for p in load_prompts(other_seed, tokenizer, 1)}.isdisjoint(
+        p.text for p in load_prompts(config, tokenizer, 1)
+    )
+
+
+def test_plain_prompts_have_no_template(tmp_path: Path, base_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = small_config(tmp_path, base_model, prompts__template="plain")
+    prompt = load_prompts(config, tokenizer, 1)[0]
+    assert tokenizer.decode(prompt.tokens) == prompt.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([{"text": t} for t in TEXTS], {}, "no column 'question'; it has text"),
+        ([{"question": t} for t in TEXTS], {"answer_column": "solution"}, "no column 'solution'"),
+        ([{"question": t} for t in TEXTS[:20]], {}, "needs 150 distinct training prompts"),
+        ([{"question": t} for t in TEXTS[:20]], {"fresh": False}, "needs 50 distinct training prompts"),
+        ([{"question": t} for t in TEXTS], {"held_out": 200}, "prompts.held_out asks for 200"),
+        ([{"question": i} for i in range(400)], {}, "holds int, not text"),
+    ],
+)
+def test_prompts_that_cannot_be_had(
+    tmp_path: Path, base_model: Path, rows: list[dict], changes: dict, message: str
+) -> None:
+    with pytest.raises(PromptsError, match=message):
+        check_prompts(written(tmp_path, base_model, rows, **changes), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing.jsonl", None, "no file"),
+        ("empty.jsonl", b"", "has no rows"),
+        ("broken.jsonl", b'{"question": "a"', "cannot be read"),
+        ("broken.parquet", b"no parquet at all", "cannot be read"),
+        ("binary.json", b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_files_that_cannot_be_read(
+    tmp_path: Path, base_model: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    config = small_config(tmp_path / "runs", base_model, prompts={"source": str(tmp_path / name)})
+    with pytest.raises(PromptsError, match=message):
+        check_prompts(config, 1)
+
+
+def test_a_parquet_file_without_rows(tmp_path: Path, base_model: Path) -> None:
+    pq.write_table(pa.table({"question": pa.array([], pa.string())}), tmp_path / "empty.parquet")
+    config = small_config(tmp_path / "runs", base_model, prompts={"source": str(tmp_path / "empty.parquet")})
+    with pytest.raises(PromptsError, match="has no rows"):
+        check_prompts(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("grader", "response", "reference", "right"),
+    [
+        ("arithmetic", "so it is.\n#### 12", "12", True),
+        ("arithmetic", "so it is.\n#### 12 apples", "12", False),
+        ("arithmetic", "#### 1\n#### 12", "12", True),
+        ("arithmetic", "it is 12", "12", False),
+        ("gsm8k", "Natalia sold 72.\n#### 1,072", "step\n#### 1072", True),
+        ("gsm8k", "The answer is $72.00.", "#### 72", True),
+        ("gsm8k", "#### 72.50", "#### 72.5", True),
+        ("gsm8k", "#### -3", "#### 3", False),
+        ("gsm8k", "none", "#### 3", False),
+    ],
+)
+def test_graders(grader: str, response: str, reference: str, right: bool) -> None:
+    assert is_right(grader, response, reference) is right  # type: ignore[arg-type]
+
+
+def test_without_a_grader_the_answer_is_the_response() -> None:
+    assert extract("none", " a b\n") == "a b"
+    with pytest.raises(ValueError, match="grader"):
+        is_right("none", "a", "a")

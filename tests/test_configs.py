@@ -1,0 +1,58 @@
+"""Every configuration that is shipped can be read, and the real ones say what the paper says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jf_cluster.config import ConfigError, load_config
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(config.to_yaml())
+    assert load_config(again) == config
+    assert load_config(path, ["train.learning_rate=1e-5"]).train.learning_rate == 1e-5
+
+
+def test_the_papers_settings() -> None:
+    config = load_config(next(path for path in CONFIGS if path.stem == "qwen2.5-coder-7b"))
+    assert [config.collect.block_size_of(r) for r in (1, 2, 3)] == [16, 32, 32]
+    assert (config.noise.window, config.noise.schedule) == (16, "progressive")
+    assert (config.train.ar_weight, config.train.learning_rate) == (10.0, 1e-6)
+    assert config.train.workers == 8 and config.train.gpus_per_worker == 1
+    assert config.prompts.source == "nvidia/OpenCodeInstruct"
+
+
+def test_relative_paths_mean_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "q.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    path = CONFIGS[-1].parent / "tiny.yaml"
+    config = load_config(path, ["prompts.source=q.jsonl", "store=there"]).anchored(tmp_path)
+    monkeypatch.chdir("/")
+    assert config.run_dir == tmp_path / "runs" / "tiny" and config.store_url == str(tmp_path / "there")
+    assert config.prompts.source == str(tmp_path / "here" / "q.jsonl") and config.model.path == "tiny"
+    assert load_config(path, ["store=s3://bucket/run"]).anchored(tmp_path).store_url == "s3://bucket/run"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rat=1", "train.learning_rat: unknown key"),
+        ("train.steps=none", "train.steps"),
+        ("train.steps=0", "train.steps"),
+        ("train.workers=3", "multiple of workers"),
+        ("name=../else", "name"),
+        ("steps", "not of the form key.sub=value"),
+        ("collect.responses=mine", "collect.responses"),
+    ],
+)
+def test_wrong_settings_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(CONFIGS[-1].parent / "tiny.yaml", [override])
