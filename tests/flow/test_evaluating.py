@@ -1,0 +1,88 @@
+"""An evaluation decodes the held-out prompts in every mode and says how good and how fast the model is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jf_cluster.collect.graders import is_right
+from jf_cluster.collect.prompts import held_out_prompts
+from jf_cluster.config import Config
+from jf_cluster.evaluate import evaluate_round, load_evaluation
+from jf_cluster.evaluate.evaluating import EvaluateError
+from jf_cluster.evaluate.evaluation import Evaluation, ModeResult, evaluation_path
+from jf_cluster.jacobi.responses import generate_responses
+from jf_cluster.models import end_ids, load_model, load_tokenizer
+from jf_cluster.tracking import Tracker
+from tests.flow.conftest import small_config
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, base_model: Path, other_model: Path, local_ray: None):
+    """Evaluations of the base and of another model that stands for round 1's."""
+    config = small_config(tmp_path_factory.mktemp("evaluated"), base_model, prompts__grader="gsm8k")
+    shutil.copytree(other_model, config.model_dir(1))
+    tracker = Tracker.open(config)
+    return config, evaluate_round(config, 0, tracker), evaluate_round(config, 1, tracker)
+
+
+def test_responses_and_accuracy_are_the_models(evaluated: tuple[Config, Evaluation, Evaluation]) -> None:
+    config, base, _ = evaluated
+    tokenizer, model = load_tokenizer(config), load_model(config, 0)
+    prompts = held_out_prompts(config, tokenizer)
+    written = generate_responses(
+        model, [p.tokens for p in prompts], max_new_tokens=20, end_ids=end_ids(model, tokenizer)
+    )
+    texts = [tokenizer.decode(r.tokens, skip_special_tokens=True) for r in written]
+    assert base.responses == {p.prompt_id: text for p, text in zip(prompts, texts, strict=True)}
+    right = sum(is_right("gsm8k", text, p.answer) for p, text in zip(prompts, texts, strict=True))
+    assert base.ar.accuracy == right / 12
+    assert base.unfinished == sum(not r.finished for r in written)
+
+
+def test_every_mode_gives_the_ar_output_in_float32(evaluated: tuple[Config, Evaluation, Evaluation]) -> None:
+    for evaluation in evaluated[1:]:
+        assert evaluation.ar.tpf == 1.0
+        for result in (evaluation.ar, evaluation.jacobi, evaluation.multiblock):
+            assert result.same_as_ar == 1.0 and result.accuracy == evaluation.ar.accuracy
+            assert result.tpf >= 1.0 and result.tps > 0
+
+
+def test_agreement_is_measured_against_the_base(evaluated: tuple[Config, Evaluation, Evaluation]) -> None:
+    _, base, other = evaluated
+    assert base.agreement_with_base == base.responses_same_as_base == 1.0
+    same = sum(other.responses[i] == base.responses[i] for i in base.responses)
+    assert other.responses_same_as_base == same / 12 < 1.0
+
+
+def test_the_file_is_read_back_and_not_made_again(evaluated: tuple[Config, Evaluation, Evaluation]) -> None:
+    config, base, _ = evaluated
+    before = evaluation_path(config, 0).stat().st_mtime_ns
+    assert load_evaluation(config, 0) == base == evaluate_round(config, 0, Tracker.open(config))
+    assert evaluation_path(config, 0).stat().st_mtime_ns == before
+
+
+def test_the_base_goes_first(tmp_path: Path, base_model: Path, other_model: Path) -> None:
+    config = small_config(tmp_path, base_model)
+    shutil.copytree(other_model, config.model_dir(1))
+    with pytest.raises(EvaluateError, match="base model is evaluated first"):
+        evaluate_round(config, 1, Tracker.open(config))
+
+
+def test_a_model_that_lost_accuracy_is_marked(
+    evaluated: tuple[Config, Evaluation, Evaluation], tmp_path: Path, base_model: Path, other_model: Path
+) -> None:
+    """The other random model is no better than chance; a base that was said to be right drops against it."""
+    config, base, _ = evaluated
+    again = small_config(tmp_path, base_model, prompts__grader="gsm8k", evaluate__speed_prompts=1)
+    shutil.copytree(other_model, again.model_dir(1))
+    path = evaluation_path(again, 0)
+    path.parent.mkdir(parents=True)
+    good = ModeResult(**{**base.ar.model_dump(), "accuracy": 1.0})
+    path.write_text(base.model_copy(update={"ar": good}).model_dump_json())
+    evaluation = evaluate_round(again, 1, Tracker.open(again))
+    assert evaluation.failed and evaluation.accuracy_drop == pytest.approx(1.0 - (evaluation.ar.accuracy or 0.0))

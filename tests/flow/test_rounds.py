@@ -1,0 +1,109 @@
+"""What is due, what refuses to go together, and what the report says; no Ray is needed to decide."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jf_cluster.config import Config, ConfigError
+from jf_cluster.evaluate.evaluation import Evaluation, ModeResult, save_evaluation
+from jf_cluster.models import ModelError
+from jf_cluster.preflight import PreflightError, check
+from jf_cluster.report import write_report
+from jf_cluster.rounds import RunBusyError, opened
+from tests.flow.conftest import small_config
+
+
+def begun(config: Config) -> None:
+    with opened(config):
+        pass
+
+
+def test_a_run_keeps_its_settings(tmp_path: Path, base_model: Path) -> None:
+    begun(small_config(tmp_path, base_model))
+    with pytest.raises(ConfigError, match=r"train\.learning_rate: 1e-06 before, 0\.001 now"):
+        begun(small_config(tmp_path, base_model, train__learning_rate=0.001))
+    with pytest.raises(ConfigError, match=r"collect\.block_size"):
+        begun(small_config(tmp_path, base_model, collect__block_size=[8, 16]))
+
+
+def test_how_a_run_is_carried_out_may_change(tmp_path: Path, base_model: Path) -> None:
+    begun(small_config(tmp_path, base_model, rounds=2))
+    begun(small_config(tmp_path, base_model, rounds=3, collect__workers=1, train__keep_checkpoints=1))
+    begun(small_config(tmp_path, base_model, rounds=1))
+    assert "rounds: 3" in (tmp_path / "small" / "config.yaml").read_text(), "rounds only grow"
+
+
+def test_two_processes_do_not_work_on_one_run(config: Config) -> None:
+    with opened(config), pytest.raises(RunBusyError, match="another process"):
+        begun(config)
+    begun(config)
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="has no weights"):
+        begun(small_config(tmp_path / "runs", tmp_path / "model"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"collect__responses": "verified", "prompts__grader": "none"}, "needs a grader"),
+        ({"evaluate__prompts": 50}, "must not exceed prompts.held_out"),
+    ],
+)
+def test_settings_that_contradict_each_other(tmp_path: Path, base_model: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(small_config(tmp_path, base_model, **changes))
+
+
+def test_too_little_disk_is_told_with_figures(tmp_path: Path, base_model: Path) -> None:
+    with pytest.raises(PreflightError, match=r"GiB of disk .*lower prompts\.per_round"):
+        check(small_config(tmp_path, base_model, prompts__per_round=10**9, collect__max_new_tokens=10**5))
+
+
+def test_too_little_memory_is_told_with_figures(tmp_path: Path, base_model: Path) -> None:
+    with pytest.raises(PreflightError, match=r"GiB of memory .*lower collect\.workers"):
+        check(small_config(tmp_path, base_model, collect__workers=10**5))
+
+
+def test_round_zero_is_not_trained(config: Config) -> None:
+    with opened(config) as rounds, pytest.raises(ConfigError, match="round 0 is the base"):
+        rounds.train(0)
+
+
+def test_the_report_has_what_is_known_so_far(config: Config) -> None:
+    mode = ModeResult(accuracy=0.5, tpf=1.5, tps=100.0, same_as_ar=1.0)
+    save_evaluation(
+        config,
+        Evaluation(
+            round=0,
+            model_hash="0",
+            prompts=1,
+            rejected=0,
+            speed_prompts=1,
+            ar=mode,
+            jacobi=mode,
+            multiblock=mode,
+            agreement_with_base=1.0,
+            responses_same_as_base=1.0,
+            unfinished=0,
+            accuracy_drop=0.0,
+            failed=False,
+            seconds=1.0,
+            responses={},
+        ),
+    )
+    write_report(config)
+    (row,) = json.loads((config.run_dir / "report.json").read_text())["rounds"]
+    assert list(row) == [
+        *("round", "block_size", "samples", "iterations_per_block", "tpf_jacobi", "tpf_multiblock"),
+        *("tps_ar", "tps_jacobi", "tps_multiblock", "accuracy_ar", "accuracy_jacobi", "accuracy_multiblock"),
+        *("agreement_with_base", "seconds_collect", "seconds_train"),
+    ]
+    assert row["tpf_jacobi"] == 1.5 and row["seconds_train"] == 0 and row["block_size"] is None
