@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pyarrow as pa
+
 from trajectory_store.errors import StoreError
 from trajectory_store.manifest import MANIFEST_NAME, Manifest
 from trajectory_store.seal import build_manifest
-from trajectory_store.shard import DEFAULT_CODEC, Codec, ShardEncoder, ShardName
+from trajectory_store.shard import DEFAULT_CODEC, Codec, ShardEncoder, ShardFile, ShardName
 from trajectory_store.store import Round
 from trajectory_store.writer import BATCH_BYTES
 
@@ -43,7 +45,10 @@ def _rewrite(round_: Round, shard_bytes: int, codec: Codec) -> dict[str, int]:
     """Publish the rows again, in canonical order; sizes of the new shards by name."""
     reader = round_.reader()
     sizes: dict[str, int] = {}
-    encoder = ShardEncoder(reader.manifest.provenance, WRITER_ID, 0, codec)
+    shards = [shard.name for shard in reader.manifest.shards]
+    narrow = all(ShardFile(round_.folder, name, ["tails"]).tokens == pa.uint16() for name in shards)
+    tokens = pa.uint16() if narrow else pa.int32()
+    encoder = ShardEncoder(reader.manifest.provenance, WRITER_ID, 0, codec, tokens)
     pending, counts, pending_bytes = [], [], 0
     for i, row in enumerate(reader):
         pending.append(row)
@@ -57,7 +62,7 @@ def _rewrite(round_: Round, shard_bytes: int, codec: Codec) -> dict[str, int]:
             shard = encoder.finish()
             round_.folder.publish(shard.name, shard.content)
             sizes[shard.name] = len(shard.content)
-            encoder = ShardEncoder(reader.manifest.provenance, WRITER_ID, len(sizes), codec)
+            encoder = ShardEncoder(reader.manifest.provenance, WRITER_ID, len(sizes), codec, tokens)
     return sizes
 
 

@@ -75,6 +75,7 @@ class Round:
         shard_age_s: float | None = None,
         codec: Codec = DEFAULT_CODEC,
         noise_ratios: Sequence[float] | None = None,
+        vocabulary_size: int | None = None,
     ) -> TrajectoryWriter:
         """A writer; see TrajectoryWriter. Sweeps the temporary files of dead writers of this machine.
 
@@ -84,6 +85,7 @@ class Round:
             shard_age_s: time after which buffered rows are committed at the next append.
             codec: compression of the shards.
             noise_ratios: keep only the iterates nearest to one of these (see thinning); by default all.
+            vocabulary_size: number of token ids; up to 65,536 they are stored in 16 bits. By default in 32.
 
         Raises:
             RoundSealedError: the round is sealed.
@@ -100,6 +102,7 @@ class Round:
             shard_age_s=shard_age_s,
             codec=codec,
             noise_ratios=noise_ratios,
+            vocabulary_size=vocabulary_size,
         )
 
     def reject(self, prompt_id: str, reason: str) -> None:

@@ -136,6 +136,16 @@ def normalised(trajectory: Trajectory, block_size: int) -> Trajectory:
     return checked
 
 
+def require_vocabulary(trajectory: Trajectory, size: int) -> None:
+    """Raise InvalidTrajectoryError if a token id is not below `size`."""
+    for name in ("prompt", "response", "tails"):
+        tokens = getattr(trajectory, name)
+        if len(tokens) and tokens.max() >= size:
+            raise InvalidTrajectoryError(
+                f"{trajectory.prompt_id!r}: {name} holds token {tokens.max()}, the vocabulary has {size}"
+            )
+
+
 def _int32(prompt_id: str, name: str, values: object) -> IntArray:
     array = np.asarray(values)
     if array.dtype == np.dtype("<i4") and array.ndim == 1:

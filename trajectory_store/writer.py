@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Self
 from trajectory_store.errors import InvalidNameError, RoundSealedError, StoreError
 from trajectory_store.folder import host_name
 from trajectory_store.provenance import Provenance
-from trajectory_store.shard import DEFAULT_CODEC, Codec, FinishedShard, ShardEncoder
+from trajectory_store.shard import DEFAULT_CODEC, Codec, FinishedShard, ShardEncoder, token_type
 from trajectory_store.thinning import thinned
-from trajectory_store.trajectory import Trajectory, normalised
+from trajectory_store.trajectory import Trajectory, normalised, require_vocabulary
 
 if TYPE_CHECKING:
     from trajectory_store.store import Round
@@ -42,6 +42,7 @@ class TrajectoryWriter:
         shard_age_s: float | None = None,
         codec: Codec = DEFAULT_CODEC,
         noise_ratios: Sequence[float] | None = None,
+        vocabulary_size: int | None = None,
     ) -> None:
         if writer_id is None:
             writer_id = f"{host_name()}_{os.getpid()}_{secrets.token_hex(3)}"
@@ -57,6 +58,7 @@ class TrajectoryWriter:
         self._shard_age_s = shard_age_s
         self._codec: Codec = codec
         self._noise_ratios = noise_ratios
+        self._vocabulary_size = vocabulary_size
         self._sequence = 0
         self._closed = False
         self._reset()
@@ -81,6 +83,8 @@ class TrajectoryWriter:
         if self._closed:
             raise StoreError(f"writer {self.writer_id} is closed")
         row = normalised(trajectory, self._provenance.block_size)
+        if self._vocabulary_size is not None:
+            require_vocabulary(row, self._vocabulary_size)
         if row.prompt_id in self._ids:
             return
         if not self._ids:
@@ -150,7 +154,8 @@ class TrajectoryWriter:
     def _encode_rows(self) -> None:
         if self._rows:
             if self._encoder is None:
-                self._encoder = ShardEncoder(self._provenance, self.writer_id, self._sequence, self._codec)
+                tokens = token_type(self._vocabulary_size)
+                self._encoder = ShardEncoder(self._provenance, self.writer_id, self._sequence, self._codec, tokens)
                 self._sequence += 1
             self._encoder.add(self._rows, self._iteration_counts)
             self._rows, self._iteration_counts = [], []

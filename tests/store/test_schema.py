@@ -5,17 +5,28 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import ipc
 
 import trajectory_store
 from tests.store.conftest import make_trajectory
-from trajectory_store import CorruptShardError, Manifest, Provenance, Round, SchemaVersionError
-from trajectory_store.shard import FinishedShard, ShardEncoder, ShardName, checksum_of
+from trajectory_store import (
+    CorruptShardError,
+    InvalidTrajectoryError,
+    Manifest,
+    Provenance,
+    Round,
+    SchemaVersionError,
+)
+from trajectory_store.compact import compact_round
+from trajectory_store.shard import FinishedShard, ShardEncoder, ShardFile, ShardName, checksum_of
 from trajectory_store.trajectory import normalised
+from trajectory_store.verify import verify_round
 
 
 def republish(round_: Round, shard: FinishedShard, schema: pa.Schema) -> None:
@@ -63,6 +74,26 @@ def test_an_arrow_file_that_is_no_shard_is_refused(round_: Round, provenance: Pr
     republish(round_, shard, schema.with_metadata(None))
     with pytest.raises(CorruptShardError, match="no trajectory shard"):
         round_.committed_ids()
+
+
+def test_a_small_vocabulary_is_stored_in_16_bits(round_: Round, provenance: Provenance) -> None:
+    """Rows, digests and the content hash do not depend on it; one round may hold both."""
+    ids = [f"p{i}" for i in range(20)]
+    with round_.writer(provenance, writer_id="narrow", vocabulary_size=512) as writer:
+        for prompt_id in ids[:10]:
+            writer.append(make_trajectory(prompt_id))
+        with pytest.raises(InvalidTrajectoryError, match="vocabulary has 512"):
+            writer.append(replace(make_trajectory("large"), prompt=np.array([512], np.int32)))
+    with round_.writer(provenance, writer_id="wide", vocabulary_size=1 << 17) as writer:
+        for prompt_id in ids[10:]:
+            writer.append(make_trajectory(prompt_id))
+    types = [str(ShardFile(round_.folder, name).tokens) for name in round_.shard_names()]
+    assert types == ["uint16", "int32"]
+    before = round_.seal(provenance)
+    assert list(round_.reader()) == [make_trajectory(i) for i in sorted(ids)]
+    assert round_.reader()[0].tails.dtype == np.int32
+    assert list(verify_round(round_)) == []
+    assert compact_round(round_).content_hash == before.content_hash
 
 
 def test_manifests_of_other_versions(round_: Round, provenance: Provenance) -> None:
