@@ -66,7 +66,7 @@ format: $(READY)  ## Format the code and fix what the linter can
 	@$(BIN)/ruff format .
 
 bench: $(READY)  ## Run the side-by-side measurements and print their tables
-	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+	@$(BIN)/python -m bench
 
 tiny-base: $(READY)  ## Train the embedded run's tokenizer and base model again from nothing (about an hour on two cores)
 	@$(BIN)/python -m jf_cluster.tiny.pretrain --output jf_cluster/tiny/base
