@@ -63,7 +63,7 @@ def test_end_tokens_of_model_and_tokenizer_are_joined(directory: Path) -> None:
 
 
 def test_what_is_missing_is_named(directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no model at .*nowhere: the directory does not exist"):
+    with pytest.raises(ModelError, match=r"no model at .*nowhere: the directory does not exist"):
         resolve(str(tmp_path / "nowhere"))
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"has no weights \(\*\.safetensors\)"):
@@ -83,5 +83,5 @@ def test_a_hub_model_that_cannot_be_fetched_is_a_clear_error(monkeypatch: pytest
 def test_a_tokenizer_that_is_not_there_is_a_clear_error(directory: Path) -> None:
     for file in directory.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ModelError, match="has no tokenizer: none of tokenizer.json"):
+    with pytest.raises(ModelError, match=r"has no tokenizer: none of tokenizer\.json"):
         load_tokenizer(config_of(directory))

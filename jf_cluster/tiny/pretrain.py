@@ -148,7 +148,7 @@ def train(
     tokens_per_step: int,
     seed: int,
 ) -> None:
-    """Train for one cycle: a short warm-up, a constant rate, and a linear fall to zero over the last 40% of the steps."""
+    """Train for one cycle: warm-up, a constant rate, a linear fall to zero over the last 40% of it."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]

@@ -77,7 +77,7 @@ def test_a_model_that_lost_accuracy_is_marked(
     evaluated: tuple[Config, Evaluation, Evaluation], tmp_path: Path, base_model: Path, other_model: Path
 ) -> None:
     """The other random model is no better than chance; a base that was said to be right drops against it."""
-    config, base, _ = evaluated
+    _, base, _ = evaluated
     again = small_config(tmp_path, base_model, prompts__grader="gsm8k", evaluate__speed_prompts=1)
     shutil.copytree(other_model, again.model_dir(1))
     path = evaluation_path(again, 0)
