@@ -10,11 +10,8 @@ from typing import Annotated
 
 import typer
 
-from jf_cluster import cluster
 from jf_cluster.command import DEFAULT_CONFIG, ConfigPath, Overrides, clear_errors, load, start_logging
 from jf_cluster.config import ConfigError
-from jf_cluster.report import print_table, write_report
-from jf_cluster.tracking import tracking_uri
 
 app = typer.Typer(help="Jacobi Forcing at cluster scale.", no_args_is_help=True, add_completion=False)
 cluster_app = typer.Typer(
@@ -29,6 +26,8 @@ RunsDir = Annotated[Path, typer.Option(help="Where the head's process id and log
 def start(runs_dir: RunsDir = Path("runs")) -> None:
     """Start the head and wait until it takes jobs."""
     start_logging()
+    from jf_cluster import cluster
+
     with clear_errors():
         head = cluster.start_head(runs_dir)
     typer.echo(f"Ray runs at {head.address}; dashboard and job server: {head.dashboard}")
@@ -39,6 +38,8 @@ def start(runs_dir: RunsDir = Path("runs")) -> None:
 def stop(runs_dir: RunsDir = Path("runs")) -> None:
     """Stop the head and every process it started."""
     start_logging()
+    from jf_cluster import cluster
+
     with clear_errors():
         found = cluster.stop_head(runs_dir)
     typer.echo("the Ray head is stopped" if found else "no Ray head of this project runs")
@@ -58,6 +59,8 @@ def report(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG) -> 
         settings = load(config, overrides)
         if not settings.run_dir.is_dir():
             raise ConfigError(f"there is no run in {settings.run_dir}; start it with: make train")
+        from jf_cluster.report import print_table, write_report
+
         print_table(write_report(settings))
 
 
@@ -70,6 +73,8 @@ def mlflow(
     """Serve the MLflow dashboard of the runs on 127.0.0.1 until interrupted."""
     with clear_errors():
         settings = load(config, overrides)
+        from jf_cluster.tracking import tracking_uri
+
         uri = tracking_uri(settings)
         if uri.startswith(("http://", "https://")):
             typer.echo(f"the runs are tracked by the MLflow server at {uri}")

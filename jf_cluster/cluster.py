@@ -24,12 +24,9 @@ import psutil
 import ray
 
 from jf_cluster.config import Config
-from jf_cluster.ray_environment import DASHBOARD_PORT
+from jf_cluster.ray_environment import DASHBOARD_PORT, HOME_VARIABLE
 
 logger = logging.getLogger(__name__)
-
-HOME_VARIABLE = "JF_CLUSTER_HOME"
-"""Set by the head for its jobs: the directory relative output paths are taken from, also when a job runs in a copy."""
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 """Trajectories go straight from actors to the store; Ray's object store only carries batches of prompts."""
@@ -51,22 +48,6 @@ class Head:
     def alive(self) -> bool:
         """Whether that very process still runs (its id may have been given to another one since)."""
         return psutil.pid_exists(self.pid) and psutil.Process(self.pid).create_time() == self.created
-
-
-def home() -> Path:
-    """Directory that relative output paths are taken from.
-
-    Raises:
-        ClusterError: the job runs in Ray's temporary copy of a working directory and nothing says where home is.
-    """
-    if HOME_VARIABLE in os.environ:
-        return Path(os.environ[HOME_VARIABLE])
-    if "runtime_resources" in Path.cwd().parts:
-        raise ClusterError(
-            "this job runs in a temporary copy of the working directory, where results would be lost: give an absolute "
-            f"path on storage that all nodes share (runs_dir=/shared/runs) or set {HOME_VARIABLE} where Ray is started"
-        )
-    return Path.cwd()
 
 
 def _state_dir(runs_dir: Path) -> Path:

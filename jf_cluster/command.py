@@ -13,22 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from ray.exceptions import RayError
 
-from jf_cluster.cluster import ClusterError, home
-from jf_cluster.collect import CollectError
-from jf_cluster.collect.dispatch import DispatchError
-from jf_cluster.collect.prompts import PromptsError
 from jf_cluster.config import Config, ConfigError, load_config
-from jf_cluster.evaluate.evaluating import EvaluateError
-from jf_cluster.models import ModelError
-from jf_cluster.preflight import PreflightError
-from jf_cluster.rounds import Rounds, RunBusyError, opened
-from jf_cluster.train import TrainingError
-from trajectory_store import StoreError
+from jf_cluster.ray_environment import HOME_VARIABLE
+
+# Ray and torch take seconds to import: --help and a mistyped setting are answered without them.
+if TYPE_CHECKING:
+    from jf_cluster.rounds import Rounds
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +36,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings on top of the file, for example train.learning_rate=1e-5 name=other."),
 ]
-
-WRONG_INPUT = (ConfigError, PromptsError, ModelError)
-FAILURES = (
-    *(PreflightError, ClusterError, CollectError, DispatchError, EvaluateError, TrainingError, StoreError),
-    *(RunBusyError, RayError, OSError),
-)
 
 
 def start_logging() -> None:
@@ -64,12 +52,38 @@ def clear_errors() -> Iterator[None]:
     signal.signal(signal.SIGTERM, _interrupted)
     try:
         yield
-    except WRONG_INPUT as error:
+    except ConfigError as error:
         raise _exit(str(error), 2) from error
-    except FAILURES as error:
-        raise _exit(str(error) or type(error).__name__, 1) from error
     except KeyboardInterrupt as error:
         raise _exit("stopped; the same command carries on from here", 130) from error
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        raise _exit(str(error) or type(error).__name__, code) from error
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Exit code of an error that is expected to happen, or None for a bug."""
+    from ray.exceptions import RayError
+
+    from jf_cluster.cluster import ClusterError
+    from jf_cluster.collect import CollectError
+    from jf_cluster.collect.dispatch import DispatchError
+    from jf_cluster.collect.prompts import PromptsError
+    from jf_cluster.evaluate.evaluating import EvaluateError
+    from jf_cluster.models import ModelError
+    from jf_cluster.preflight import PreflightError
+    from jf_cluster.rounds import RunBusyError
+    from jf_cluster.train import TrainingError
+    from trajectory_store import StoreError
+
+    if isinstance(error, PromptsError | ModelError):
+        return 2
+    stages = (CollectError, DispatchError, EvaluateError, TrainingError)
+    if isinstance(error, (PreflightError, ClusterError, RunBusyError, *stages, StoreError, RayError, OSError)):
+        return 1
+    return None
 
 
 def _exit(message: str, code: int) -> typer.Exit:
@@ -81,13 +95,34 @@ def _interrupted(_: int, __: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def home() -> Path:
+    """Directory that relative output paths are taken from.
+
+    Raises:
+        ConfigError: the job runs in Ray's temporary copy of a working directory and nothing says where home is.
+    """
+    if HOME_VARIABLE in os.environ:
+        return Path(os.environ[HOME_VARIABLE])
+    if "runtime_resources" in Path.cwd().parts:
+        raise ConfigError(
+            "this job runs in a temporary copy of the working directory, where results would be lost: give an absolute "
+            f"path on storage that all nodes share (runs_dir=/shared/runs) or set {HOME_VARIABLE} where Ray is started"
+        )
+    return Path.cwd()
+
+
 def load(path: Path, overrides: list[str] | None) -> Config:
     """Read a configuration; relative paths become absolute, so that every process takes them alike."""
-    return load_config(path, tuple(overrides or ())).anchored(home())
+    config = load_config(path, tuple(overrides or ()))
+    return config.anchored(Path("/") if config.runs_dir.is_absolute() and config.store is None else home())
 
 
 def run(path: Path, overrides: list[str] | None, stage: Callable[[Rounds], None]) -> None:
     """Carry out a stage of the run that a configuration describes."""
     start_logging()
-    with clear_errors(), opened(load(path, overrides)) as rounds:
-        stage(rounds)
+    with clear_errors():
+        config = load(path, overrides)
+        from jf_cluster.rounds import opened
+
+        with opened(config) as rounds:
+            stage(rounds)

@@ -13,6 +13,9 @@ import sys
 
 DASHBOARD_PORT = 8265
 
+HOME_VARIABLE = "JF_CLUSTER_HOME"
+"""Set by the head for its jobs: the directory relative output paths are taken from, also when a job runs in a copy."""
+
 DEFAULTS = {
     "RAY_AUTH_MODE": "token",
     # 0 keeps Ray's servers on 127.0.0.1, on Linux too. Export 1 on every machine of a cluster of several nodes.
