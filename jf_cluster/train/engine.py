@@ -66,18 +66,20 @@ def deepspeed_config(config: Config, world_size: int, load_universal: bool = Fal
     """DeepSpeed's configuration for a run; what our configuration does not name keeps DeepSpeed's default."""
     train = config.train
     bf16 = config.model.dtype == "bfloat16"
+    on_gpu = train.gpus_per_worker > 0
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": train.zero.persistence_threshold,
         # Communication on a side stream buys nothing without a GPU and costs bookkeeping in every step.
-        "overlap_comm": train.gpus_per_worker > 0,
-        "contiguous_gradients": train.gpus_per_worker > 0,
+        "overlap_comm": on_gpu,
+        "contiguous_gradients": on_gpu,
+        # A linear layer written in Python, which keeps no gathered weight alive until its backward; 2% slower here.
+        "memory_efficient_linear": on_gpu,
     }
-    pin = train.gpus_per_worker > 0
     if train.zero.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if train.zero.offload == "all":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.micro_batches_per_step // world_size,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -143,43 +145,45 @@ def job_of(config: Config, directory: Path, identity: str = "test") -> RankJob:
     )
 
 
-class Rank:
-    """A rank that stays: DeepSpeed is imported once for many trainings."""
-
-    def call(self, function: Callable[..., Any], rank: int, world_size: int, meeting: str, *arguments: Any) -> Any:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-        os.environ |= {"JF_INIT_METHOD": f"file://{meeting}", "GLOO_SOCKET_IFNAME": "lo"}
-        return function(*arguments)
+def _as_rank(rank: int, world_size: int, meeting: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"JF_INIT_METHOD": f"file://{meeting}", "GLOO_SOCKET_IFNAME": "lo"}
+    return function(*arguments)
 
 
 class Ranks:
-    """Two processes that act as one or two ranks."""
+    """Two processes that act as one or two ranks and stay: DeepSpeed is imported once for many trainings."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._meetings = directory, 0
-        actor = ray.remote(num_cpus=1)(Rank)
-        self._actors = [actor.remote() for _ in range(2)]
+        context = multiprocessing.get_context("spawn")
+        self._processes = [ProcessPoolExecutor(max_workers=1, mp_context=context) for _ in range(2)]
 
     def call(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
         """What ``function`` gives on each of ``world_size`` ranks."""
         self._meetings += 1
         meeting = str(self._directory / f"meeting-{self._meetings}")
         calls = [
-            self._actors[rank].call.remote(function, rank, world_size, meeting, *arguments)
-            for rank in range(world_size)
+            process.submit(_as_rank, rank, world_size, meeting, function, arguments)
+            for rank, process in enumerate(self._processes[:world_size])
         ]
-        return ray.get(calls, timeout=240)
+        done, _ = wait(calls, timeout=300, return_when=FIRST_EXCEPTION)
+        for call in done:  # the others may be waiting for a rank that failed
+            call.result()
+        return [call.result(timeout=10) for call in calls]
 
     def train(self, job: RankJob, world_size: int) -> None:
         self.call(run_rank, world_size, job)
 
     def close(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
+        for process in self._processes:
+            for child in list(process._processes.values()):
+                child.kill()  # one that waits for a rank that failed would never end by itself
+            process.shutdown()
 
 
-@pytest.fixture(scope="module")
-def ranks(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+@pytest.fixture
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     pool = Ranks(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from jf_cluster.config import Config
 from jf_cluster.train.steps_log import read_steps
@@ -60,3 +61,45 @@ def test_resumed_and_uninterrupted_and_other_world_sizes_agree(sealed: Config, r
     # Sums in another order: float32 rounding of gradients, which AdamW's normalisation carries into the weights.
     torch.testing.assert_close(torch.tensor(losses(alone)), torch.tensor(reference), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weights(alone), weights(whole), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1)])
+def test_a_training_goes_on_with_another_number_of_ranks(
+    sealed: Config, ranks: Ranks, tmp_path: Path, before: int, after: int
+) -> None:
+    whole = job_of(sealed, tmp_path / "whole")
+    ranks.train(whole, world_size=before)
+    moved = rewind(whole, tmp_path / "moved", to_step=2)
+    ranks.train(moved, world_size=after)
+    torch.testing.assert_close(torch.tensor(losses(moved)), torch.tensor(losses(whole)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weights(moved), weights(whole), rtol=1e-3, atol=1e-3)
+
+
+def gathered_after_export(config_json: str, target: str) -> dict[str, torch.Tensor]:
+    """Weights as the ranks hold them, gathered here, after the same ranks exported them in two files."""
+    import deepspeed
+
+    from jf_cluster.train import engine, export
+
+    config = Config.model_validate_json(config_json)
+    group = engine.join_group(config)
+    try:
+        model = engine.build_engine(config, 1, group, load_universal=False).module.model
+        export.MAX_FILE_BYTES = 30_000
+        export.export_model(model, Path(target), torch.float32, config.model.base)
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: p.detach().clone() for name, p in model.named_parameters()}
+    finally:
+        engine.leave_group()
+
+
+def test_the_export_is_the_gathered_weights_and_loads_in_transformers(
+    sealed: Config, ranks: Ranks, tmp_path: Path
+) -> None:
+    gathered, _ = ranks.call(gathered_after_export, 2, sealed.model_dump_json(), str(tmp_path / "export"))
+    assert len(list((tmp_path / "export").glob("model-*-of-*.safetensors"))) > 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.use_cache
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == gathered.keys()
+    assert all(torch.equal(loaded[name], weight) for name, weight in gathered.items())
