@@ -69,7 +69,10 @@ class Collector:
         store = TrajectoryStore(config.store_url)
         self.earlier = _answered_by_base(config, store, round_number)
         self.writer = store.round(round_number).writer(
-            provenance, writer_id=writer_id, shard_bytes=config.collect.shard_bytes
+            provenance,
+            writer_id=writer_id,
+            shard_bytes=config.collect.shard_bytes,
+            vocabulary_size=self.model.config.vocab_size,
         )
         self.writer.__enter__()
         self.uncommitted: list[str] = []
