@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from jf_cluster.config import Config
+from jf_cluster.train.checkpoints import CheckpointError
 from jf_cluster.train.steps_log import read_steps
 from jf_cluster.train.worker import RankJob
 from tests.train.conftest import Ranks, job_of, seal
@@ -75,6 +76,27 @@ def test_a_training_goes_on_with_another_number_of_ranks(
     torch.testing.assert_close(weights(moved), weights(whole), rtol=1e-3, atol=1e-3)
 
 
+def partition(config_json: str) -> dict[str, tuple[int, int, int]]:
+    """Of each parameter: elements in all, elements this rank keeps, elements of the tensor the model sees."""
+    from jf_cluster.train import engine
+
+    config = Config.model_validate_json(config_json)
+    group = engine.join_group(config)
+    try:
+        model = engine.build_engine(config, 1, group, load_universal=False).module.model
+        return {n: (p.ds_numel, p.ds_tensor.numel(), p.numel()) for n, p in model.named_parameters()}
+    finally:
+        engine.leave_group()
+
+
+def test_every_rank_keeps_its_part_of_every_parameter_only(sealed: Config, ranks: Ranks) -> None:
+    first, second = ranks.call(partition, 2, sealed.model_dump_json())
+    assert first.keys() == second.keys() and len(first) == 26
+    for name, (whole, kept, seen) in first.items():
+        assert kept == -(-whole // 2) and seen == 0, name  # halves, padded to equal size
+        assert second[name][1] == kept
+
+
 def gathered_after_export(config_json: str, target: str) -> dict[str, torch.Tensor]:
     """Weights as the ranks hold them, gathered here, after the same ranks exported them in two files."""
     import deepspeed
@@ -103,3 +125,11 @@ def test_the_export_is_the_gathered_weights_and_loads_in_transformers(
     loaded = dict(model.named_parameters())
     assert loaded.keys() == gathered.keys()
     assert all(torch.equal(loaded[name], weight) for name, weight in gathered.items())
+
+
+def test_a_checkpoint_of_another_training_is_refused(sealed: Config, ranks: Ranks, tmp_path: Path) -> None:
+    first = job_of(sealed, tmp_path / "job")
+    ranks.train(first, world_size=2)
+    other = job_of(sealed, tmp_path / "job", identity="other")
+    with pytest.raises(CheckpointError, match="made with other data"):
+        ranks.train(other, world_size=2)
