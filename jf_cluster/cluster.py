@@ -185,7 +185,7 @@ def _jobs_answer(head: Head) -> bool:
 
     try:
         JobSubmissionClient(head.dashboard).list_jobs()
-    except (ConnectionError, RuntimeError):
+    except (OSError, RuntimeError):  # the client's own ConnectionError is an OSError
         return False
     return True
 

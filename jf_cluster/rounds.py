@@ -168,6 +168,7 @@ def opened(config: Config) -> Iterator[Rounds]:
     resolve(config.model.base)
     check(config)
     with _claimed(config), Tracker.open(config) as tracker, ExitStack() as ray:
+        tracker.close_abandoned()
         yield Rounds(config, tracker, ray)
 
 

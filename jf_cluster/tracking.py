@@ -187,6 +187,25 @@ class Tracker:
         """Mark the parent run ended."""
         self._end(self.run_id, status)
 
+    def close_abandoned(self) -> None:
+        """Mark stages that a killed process left running as killed; for the one process that works on the run.
+
+        A stage that is resumed runs again; one whose output had just appeared would look busy for ever.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if self.run_id is None or self.experiment_id is None:
+            return
+        try:
+            client = _client(self.uri)
+            wanted = f"tags.`{_KEY}` = '{self.run_key}' and attributes.status = 'RUNNING'"
+            left = [run.info.run_id for run in client.search_runs([self.experiment_id], wanted)]
+            for run_id in left:
+                if run_id != self.run_id:
+                    client.set_terminated(run_id, "KILLED")
+        except (MlflowException, OSError) as error:
+            logger.warning("MLflow at %s does not answer (%s)", self.uri, str(error).splitlines()[0])
+
     def __enter__(self) -> Self:
         return self
 

@@ -169,6 +169,7 @@ def _rows(config: Config) -> Iterator[tuple[str, str | None]]:
 
 
 def _dataset(settings: PromptsConfig) -> datasets.Dataset:
+    datasets.disable_progress_bars()
     path = Path(settings.source)
     kind = LOCAL_FORMATS.get(path.suffix)
     try:

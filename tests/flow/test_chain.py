@@ -93,6 +93,9 @@ def _check_mlflow(config) -> None:
     runs = client.search_runs([experiment.experiment_id])
     children = {r.info.run_name: r.info.status for r in runs if "mlflow.parentRunId" in r.data.tags}
     stages = [(r, "collect") for r in (1, 2, 3)] + [(r, "train") for r in (1, 2)] + [(r, "evaluate") for r in (0, 1, 2)]
-    assert children == {f"round-{r:03d}-{stage}": "FINISHED" for r, stage in stages}
+    # Killed when model 1 had just appeared: its training run is the only one that did not end by itself.
+    assert children.keys() == {f"round-{r:03d}-{stage}" for r, stage in stages}
+    assert {name for name, status in children.items() if status != "FINISHED"} <= {"round-001-train"}
+    assert "RUNNING" not in children.values()
     (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
     assert [m.step for m in client.get_metric_history(parent.info.run_id, "tpf_jacobi")] == [0, 1, 2]
