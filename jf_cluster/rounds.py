@@ -116,7 +116,8 @@ class Rounds:
             write_report(self.config)
         self._collect(self.config.rounds + 1)
         rows = write_report(self.config)
-        log_report(self.config, self.tracker, rows)
+        if self._connected:  # otherwise nothing was made, and the figures are recorded already
+            log_report(self.config, self.tracker, rows)
         print_table(rows)
         self._say(
             f"{self.config.rounds} rounds are done; the model is in {self.config.model_dir(self.config.rounds)}, "
