@@ -31,7 +31,9 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # loopback
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="jf-", ignore_cleanup_errors=True) as directory:
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=directory)
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=directory
+        )
         yield
         ray.shutdown()
 
