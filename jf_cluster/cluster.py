@@ -177,14 +177,22 @@ def start_head(runs_dir: Path, *, timeout_s: float = 120.0, port: int = DASHBOAR
     return head
 
 
-def _jobs_answer(head: Head) -> bool:
-    """Whether the job server takes jobs: the dashboard listens earlier than its job agent is ready."""
+def _jobs_answer(head: Head, timeout_s: float = 60.0) -> bool:
+    """Whether the job server takes jobs, told by a job that does nothing.
+
+    The dashboard listens, and lists jobs, before an agent is there to run them; until then a job is refused.
+    """
     if not _listening(_port_of(head.dashboard)):
         return False
     from ray.job_submission import JobSubmissionClient  # needs the dashboard's extra packages, and time to import
 
     try:
-        JobSubmissionClient(head.dashboard).list_jobs()
+        client = JobSubmissionClient(head.dashboard)
+        probe = client.submit_job(entrypoint="true")
+        deadline = time.monotonic() + timeout_s
+        while not client.get_job_status(probe).is_terminal() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        client.delete_job(probe)
     except (OSError, RuntimeError):  # the client's own ConnectionError is an OSError
         return False
     return True
