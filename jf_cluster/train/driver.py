@@ -74,12 +74,13 @@ def train_round(config: Config, round_number: int, tracker: Tracker) -> None:
         skipped_steps=str(training / f"{name}.skipped.jsonl"),
         export=str(partial),
     )
+    earlier_s = sum(record.seconds for record in read_steps(Path(job.steps_log)))  # of an interrupted attempt
     with tracker.stage(round_number, "train") as stage:
         stage.tags({"parent_model": parent_hash, "trajectories": manifest.content_hash})
         with followed(Path(job.steps_log), config.train.steps, f"train {name}", stage):
             _run_ranks(config, job, training / "ray")
         _write_lineage(config, round_number, parent_hash, manifest, partial)
-        summary = _write_summary(config, job, training / f"{name}.json", time.monotonic() - begun)
+        summary = _write_summary(config, job, training / f"{name}.json", earlier_s + time.monotonic() - begun)
         _publish(partial, target)
         stage.metrics({"train/stage_seconds": float(summary["seconds"])}, step=config.train.steps)
         stage.artifact(training / f"{name}.json")
