@@ -122,6 +122,14 @@ def _listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 def _port_of(url: str) -> int:
     return int(url.rsplit(":", 1)[1])
 
@@ -150,14 +158,15 @@ def start_head(runs_dir: Path, *, timeout_s: float = 120.0, port: int = DASHBOAR
     ray_program = str(Path(programs) / "ray")
     # Creates the token of this user where there is none yet; its output is the token itself, so it is not shown.
     subprocess.run([ray_program, "get-auth-token", "--generate"], env=environment, capture_output=True, check=False)
-    with socket.socket() as free, log.open("wb") as output:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-        free.close()
+    gcs_port, agent_port = _free_ports(2)
+    address = f"127.0.0.1:{gcs_port}"
+    with log.open("wb") as output:
         process = subprocess.Popen(
             [
-                *(ray_program, "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
-                *(f"--port={_port_of(address)}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
+                *(ray_program, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs_port}"),
+                *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
+                # Its default is one fixed port: beside another Ray of this machine the agent that runs jobs has none.
+                f"--dashboard-agent-listen-port={agent_port}",
                 f"--object-store-memory={OBJECT_STORE_BYTES}",
             ],
             env=environment,
