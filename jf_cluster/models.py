@@ -38,6 +38,16 @@ class ModelError(ValueError):
     """A model or tokenizer that cannot be used; the message says which and what to do."""
 
 
+def use_cpu(cpus: float) -> None:
+    """Compute with ``cpus`` threads in this process and take numbers too small for a normal float as zero.
+
+    A trained model is so sure of its tokens that probabilities and gradients become denormal, and a CPU computes with
+    those many times slower than with zero: training steps took 1.3 times as long. Call it before anything is computed.
+    """
+    torch.set_num_threads(max(1, int(cpus)))
+    torch.set_flush_denormal(True)
+
+
 def resolve(path: str) -> Path:
     """Directory that holds the model ``path`` names: itself, or a hub id's local snapshot (fetched when missing).
 

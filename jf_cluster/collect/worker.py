@@ -21,7 +21,7 @@ from jf_cluster.config import Config
 from jf_cluster.jacobi.responses import Response, generate_responses
 from jf_cluster.jacobi.sampling import Sampling, prompt_key
 from jf_cluster.jacobi.trajectories import trace
-from jf_cluster.models import end_ids, load_model, load_tokenizer
+from jf_cluster.models import end_ids, load_model, load_tokenizer, use_cpu
 from trajectory_store import Provenance, Trajectory, TrajectoryStore
 
 
@@ -56,7 +56,7 @@ class Collector:
 
     def __init__(self, config: Config, round_number: int, provenance: Provenance, writer_id: str) -> None:
         # Ray gives a worker its share of the cores and torch would take them all.
-        torch.set_num_threads(max(1, int(config.collect.cpus_per_worker)))
+        use_cpu(config.collect.cpus_per_worker)
         device = "cuda" if config.collect.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
         self.config = config
         self.round_number = round_number

@@ -15,7 +15,7 @@ from jf_cluster.evaluate.evaluation import MODES, Mode
 from jf_cluster.jacobi.decoding import Generation, generate
 from jf_cluster.jacobi.drafts import Drafting
 from jf_cluster.jacobi.sampling import prompt_key
-from jf_cluster.models import end_ids, load_model, load_tokenizer
+from jf_cluster.models import end_ids, load_model, load_tokenizer, use_cpu
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Evaluator:
     """Decodes held-out prompts with model ``round_number``; a worker of jf_cluster.collect.dispatch."""
 
     def __init__(self, config: Config, round_number: int) -> None:
-        torch.set_num_threads(max(1, int(config.collect.cpus_per_worker)))
+        use_cpu(config.collect.cpus_per_worker)
         device = "cuda" if config.collect.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
         self.config = config
         self.tokenizer = load_tokenizer(config)

@@ -20,7 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from jf_cluster.config import Config
 from jf_cluster.jacobi.loss import forcing_loss
-from jf_cluster.models import load_model
+from jf_cluster.models import load_model, use_cpu
 from jf_cluster.train.rendezvous import INIT_METHOD
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def join_group(config: Config) -> Group:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
+        use_cpu(config.train.cpus_per_worker)
         # Private: without this, init_distributed compiles a C++ shared-memory communicator (70 s, needs a compiler).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
