@@ -18,6 +18,7 @@ PACKAGE_ROOT = Path(__file__).parent
 TINY_BASE = PACKAGE_ROOT / "tiny" / "base"
 
 Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -87,7 +88,7 @@ class CollectConfig(Section):
     """0 is greedy; above 0 keyed Gumbel noise makes the responses exact samples."""
     responses: Literal["base", "self", "verified"] = "base"
     """Who writes the responses the trajectories lead to (DESIGN.md, "Whose responses")."""
-    block_size: tuple[Positive, ...] = (16,)
+    block_size: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16,)
     """Block size n of each round; the last one serves all later rounds."""
     forward_tokens: Positive = 8192
     """Most tokens in one forward pass while trajectories are iterated."""
@@ -132,7 +133,8 @@ class TrainConfig(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     steps: Positive = 300
     """Optimizer steps per round."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    learning_rate: Rate | Annotated[tuple[Rate, ...], Field(min_length=1)] = 1e-6
+    """Peak rate of every round, or one for each round; the last one serves all later rounds."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -152,6 +154,11 @@ class TrainConfig(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Times the group of workers is restarted from the last checkpoint after a failure."""
     zero: ZeroConfig = ZeroConfig()
+
+    def learning_rate_of(self, round_number: int) -> float:
+        """Peak learning rate of round ``round_number`` (from 1)."""
+        rates = self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
+        return rates[min(round_number, len(rates)) - 1]
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainConfig:

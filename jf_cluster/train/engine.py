@@ -173,7 +173,7 @@ def build_engine(config: Config, round_number: int, group: Group, load_universal
     module = ForcingModule(model, train.loss_chunk_tokens)
     optimizer = torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
-        lr=train.learning_rate,
+        lr=train.learning_rate_of(round_number),
         betas=train.betas,
         weight_decay=train.weight_decay,
         fused=True,
