@@ -88,6 +88,8 @@ def mlflow(
             *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
         ]
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        # Ten workers for jobs nobody starts here; they outlive a server that is killed.
+        os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
         raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
