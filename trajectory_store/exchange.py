@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from trajectory_store import published
 from trajectory_store.errors import InvalidTrajectoryError, StoreError
-from trajectory_store.folder import whole_file
+from trajectory_store.local_files import whole_file
 from trajectory_store.provenance import Provenance
 from trajectory_store.reader import TrajectoryReader
-from trajectory_store.shard import RowBatch, record_batch, schema
+from trajectory_store.schema import RowBatch, record_batch, schema
 from trajectory_store.store import Round
 from trajectory_store.trajectory import ARRAY_FIELDS, Trajectory
 

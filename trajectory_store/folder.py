@@ -1,17 +1,13 @@
 """A folder on a local disk or an object store, and the few atomic steps the store is built from.
 
-Everything that touches a file system is here. Local files: written under a temporary name, flushed to disk, then
-renamed or linked into place. Object stores: one PUT (an upload becomes visible whole or not at all). Other remote
-file systems (HDFS, ...): temporary name, then move.
+Local files: see local_files. Object stores: one upload (it becomes visible whole or not at all); on S3 `create` and
+`replace` are conditional requests. Other remote file systems (HDFS, ...): temporary name, then move.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import secrets
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +16,12 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from trajectory_store import local_files
+from trajectory_store.conditional import S3Access
 from trajectory_store.errors import MissingShardError, StoreUnavailableError
+from trajectory_store.local_files import TEMPORARY_PREFIX
 
-TEMPORARY_PREFIX = ".tmp-"
+PIECE_BYTES = 4 << 20
 OBJECT_STORES = ("s3", "gcs", "abfs")
 
 
@@ -32,6 +31,8 @@ class Folder:
 
     filesystem: Any
     path: str
+    s3: S3Access | None = None
+    """For conditional writes, where the folder is on S3."""
 
     @classmethod
     def at(cls, url: str | os.PathLike[str]) -> Folder:
@@ -47,14 +48,15 @@ class Folder:
             filesystem, path = pafs.FileSystem.from_uri(text)
         except (OSError, ValueError) as error:
             raise StoreUnavailableError(f"cannot open the store at {text}: {error}") from error
-        return cls(filesystem, path.rstrip("/"))
+        s3 = S3Access.of(text, filesystem.region) if filesystem.type_name == "s3" else None
+        return cls(filesystem, path.rstrip("/"), s3)
 
     @property
     def is_local(self) -> bool:
         return bool(self.filesystem.type_name == "local")
 
     def child(self, name: str) -> Folder:
-        return Folder(self.filesystem, f"{self.path}/{name}")
+        return Folder(self.filesystem, f"{self.path}/{name}", self.s3)
 
     def path_of(self, name: str) -> str:
         return f"{self.path}/{name}"
@@ -97,6 +99,16 @@ class Folder:
         with self.open(name) as file, self._failures("read", name):
             return file.read_buffer()
 
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """A file's content, a few MiB at a time.
+
+        Raises:
+            MissingShardError: there is no such file.
+        """
+        with self.open(name) as file, self._failures("read", name):
+            while piece := file.read(PIECE_BYTES):
+                yield piece
+
     def publish(self, name: str, content: Any) -> None:
         """Make `content` appear under `name` in one step, replacing what was there.
 
@@ -105,38 +117,36 @@ class Folder:
         """
         with self._failures("write", name):
             if self.is_local:
-                self._write_temporary(name, content).replace(self.path_of(name))
-                self._sync_directory()
+                local_files.publish_file(Path(self.path_of(name)), content)
             else:
                 self._put(name, content)
 
     def create(self, name: str, content: Any) -> bool:
         """Publish only if `name` does not exist yet; False when somebody else's is there already.
 
-        Exact on local disks. On an object store the check and the write are two requests, so of two simultaneous
-        creators both may win and the later content stays; callers give the same content for the same name or read back.
+        Exact on local disks and on S3: of simultaneous creators one is told True. Elsewhere the check and the write are
+        two requests, and the later of two simultaneous creators stays.
         """
         with self._failures("write", name):
             if self.exists(name):
                 return False
-            if not self.is_local:
-                self._put(name, content)
-                return True
-            temporary = self._write_temporary(name, content)
-            try:
-                os.link(temporary, self.path_of(name))
-            except FileExistsError:
+            if self.is_local:
+                return local_files.create_file(Path(self.path_of(name)), content)
+            if self.s3 is not None:
+                return self.s3.create(self.path_of(name), content)
+            self._put(name, content)
+            return True
+
+    def replace(self, name: str, expected: bytes, content: Any) -> bool:
+        """Publish only if `name` holds `expected`; as exact as `create`."""
+        with self._failures("write", name):
+            if self.is_local:
+                return local_files.replace_file(Path(self.path_of(name)), expected, content)
+            if self.s3 is not None:
+                return self.s3.replace(self.path_of(name), expected, content)
+            if not self.exists(name) or bytes(self.read(name)) != expected:
                 return False
-            except OSError as error:
-                # Some network file systems have no hard links; there a check before the rename is the best there is.
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
-                    raise
-                if self.exists(name):
-                    return False
-                temporary.replace(self.path_of(name))
-            finally:
-                temporary.unlink(missing_ok=True)
-            self._sync_directory()
+            self._put(name, content)
             return True
 
     def delete(self, name: str) -> None:
@@ -148,7 +158,7 @@ class Folder:
         """Remove temporary files left by dead processes of this machine (or all of them) and name them."""
         swept = []
         for name in self.entries():
-            if name.startswith(TEMPORARY_PREFIX) and (everything or _is_orphan(name)):
+            if name.startswith(TEMPORARY_PREFIX) and (everything or local_files.is_orphan(name)):
                 self.delete(name)
                 swept.append(name)
         return swept
@@ -158,7 +168,7 @@ class Folder:
             self._upload(name, content)
             return
         self.filesystem.create_dir(self.path, recursive=True)
-        temporary = _temporary_name(name)
+        temporary = local_files.temporary_name(name)
         self._upload(temporary, content)
         self.filesystem.move(self.path_of(temporary), self.path_of(name))
 
@@ -167,28 +177,6 @@ class Folder:
         stream = self.filesystem.open_output_stream(self.path_of(name))
         stream.write(content)
         stream.close()
-
-    def _write_temporary(self, name: str, content: Any) -> Path:
-        Path(self.path).mkdir(parents=True, exist_ok=True)
-        temporary = Path(self.path_of(_temporary_name(name)))
-        try:
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        return temporary
-
-    def _sync_directory(self) -> None:
-        # Without it a power cut may forget the rename although the file's bytes were flushed.
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     @contextlib.contextmanager
     def _failures(self, action: str, name: str) -> Iterator[None]:
@@ -206,46 +194,3 @@ class Folder:
             raise StoreUnavailableError(
                 f"cannot {action} {where}: {reason}; what was committed before stays readable"
             ) from error
-
-
-@contextlib.contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """A temporary local path to write to; it becomes `target` when the block ends well and is removed otherwise.
-
-    Raises:
-        StoreUnavailableError: the file cannot be written.
-    """
-    temporary = target.with_name(_temporary_name(target.name))
-    try:
-        yield temporary
-        temporary.replace(target)
-    except OSError as error:
-        if isinstance(error, StoreUnavailableError):
-            raise
-        raise StoreUnavailableError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def host_name() -> str:
-    """This machine's name, reduced to what file names and ids may hold."""
-    return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40] or "host"
-
-
-def _temporary_name(name: str) -> str:
-    return f"{TEMPORARY_PREFIX}{host_name()}-{os.getpid()}-{secrets.token_hex(4)}-{name}"
-
-
-def _is_orphan(name: str) -> bool:
-    """Whether a temporary file belongs to a process of this machine that no longer runs."""
-    host, _, rest = name.removeprefix(TEMPORARY_PREFIX).partition("-")
-    process_id, _, _ = rest.partition("-")
-    if host != host_name() or not process_id.isdigit():
-        return False
-    try:
-        os.kill(int(process_id), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -19,7 +19,8 @@ import numpy as np
 
 from trajectory_store.errors import CorruptShardError, InvalidNameError, MissingShardError, StoreError
 from trajectory_store.order import balanced_shares
-from trajectory_store.shard import SUMMARY_COLUMNS, RowBatch, ShardFile
+from trajectory_store.schema import SUMMARY_COLUMNS, RowBatch
+from trajectory_store.shard import ShardFile
 from trajectory_store.store import Round
 from trajectory_store.trajectory import Trajectory
 

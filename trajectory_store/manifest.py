@@ -20,12 +20,13 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import ipc
 
-from trajectory_store.errors import CorruptShardError, MissingShardError, RoundNotSealedError, SchemaVersionError
+from trajectory_store.checksums import checksum_of
+from trajectory_store.errors import CorruptShardError, RoundNotSealedError, SchemaVersionError
 from trajectory_store.folder import Folder
 from trajectory_store.provenance import Provenance
-from trajectory_store.shard import READABLE_BY, SCHEMA_VERSION, checksum_of
+from trajectory_store.schema import READABLE_BY, SCHEMA_VERSION
+from trajectory_store.state import MANIFEST_NAME, look, stage_of
 
-MANIFEST_NAME = "manifest.json"
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.large_string(), nullable=False),
@@ -123,10 +124,11 @@ def read_manifest(folder: Folder) -> Manifest:
         CorruptShardError: it is damaged.
     """
     where = folder.path_of(MANIFEST_NAME)
+    content = look(folder)
+    if content is None or stage_of(content) != "sealed":
+        raise RoundNotSealedError(f"{folder.path} is not sealed: it has no manifest yet")
     try:
-        return Manifest.from_json(bytes(folder.read(MANIFEST_NAME)).decode(), where)
-    except MissingShardError as error:
-        raise RoundNotSealedError(f"{folder.path} is not sealed: it has no {MANIFEST_NAME}") from error
+        return Manifest.from_json(content.decode(), where)
     except UnicodeDecodeError as error:
         raise CorruptShardError(f"{where} is damaged: {error}") from error
 
@@ -140,10 +142,10 @@ def content_hash(index: pa.Table) -> str:
     return hasher.hexdigest()
 
 
-def encode_index(index: pa.Table) -> tuple[str, pa.Buffer]:
-    """File name and bytes of a row index."""
+def encode_index(index: pa.Table, salt: str = "") -> tuple[str, pa.Buffer]:
+    """File name and bytes of a row index; another `salt` gives the same rows another name."""
     sink = pa.BufferOutputStream()
-    with ipc.new_file(sink, INDEX_SCHEMA) as writer:
+    with ipc.new_file(sink, INDEX_SCHEMA.with_metadata({"salt": salt} if salt else None)) as writer:
         # One batch, uncompressed: mapped into memory and searched in place.
         writer.write_table(index.combine_chunks())
     content = sink.getvalue()
@@ -208,8 +210,7 @@ def _text_buffers(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], memor
 
 def _spool(folder: Folder, name: str) -> Any:
     """A remote file copied to an unnamed local one and mapped, so that it costs disk and page cache, not heap."""
-    with tempfile.NamedTemporaryFile(prefix="trajectory-index-") as copy, folder.open(name) as source:
-        while chunk := source.read(1 << 22):
-            copy.write(chunk)
+    with tempfile.NamedTemporaryFile(prefix="trajectory-index-") as copy:
+        copy.writelines(folder.pieces(name))
         copy.flush()
         return pa.memory_map(copy.name)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from trajectory_store.errors import MissingShardError
 from trajectory_store.folder import Folder
 from trajectory_store.manifest import Manifest, RowIndex, read_manifest
-from trajectory_store.shard import RowBatch, ShardFile
+from trajectory_store.schema import RowBatch
+from trajectory_store.shard import ShardFile
 from trajectory_store.trajectory import Trajectory
 
 DEFAULT_CACHE_BYTES = 256 << 20
@@ -90,7 +91,7 @@ class TrajectoryReader:
         self._folder = folder
         self._verify = verify
         self._cache_bytes = cache_bytes
-        self._layout = Layout(folder, manifest, verify, cache_bytes)
+        self._layout = present_layout(folder, manifest, verify, cache_bytes)
 
     def __len__(self) -> int:
         return len(self._layout.index)
@@ -125,10 +126,11 @@ class TrajectoryReader:
             raise IndexError(f"row {i} of {len(self)} in {self._folder.path}")
         i %= len(self)
         layout = self._layout
-        try:
-            return layout.row(i)
-        except MissingShardError as error:
-            return self._moved(layout, error).row(i)
+        while True:
+            try:
+                return layout.row(i)
+            except MissingShardError as error:
+                layout = self._moved(layout, error)
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[i] for i in range(len(self)))
@@ -158,9 +160,26 @@ class TrajectoryReader:
 
     def _moved(self, layout: Layout, cause: MissingShardError) -> Layout:
         """The round's present layout, when the rows lie elsewhere than in `layout`; raises `cause` when they do not."""
+        if self._layout is not layout:  # another thread has looked already
+            return self._layout
         manifest = read_manifest(self._folder)
-        if manifest.index == layout.manifest.index or manifest.content_hash != layout.manifest.content_hash:
+        if manifest.shards == layout.manifest.shards or manifest.content_hash != layout.manifest.content_hash:
             raise cause
-        if self._layout.manifest.index != manifest.index:
-            self._layout = Layout(self._folder, manifest, self._verify, self._cache_bytes)
+        self._layout = present_layout(self._folder, manifest, self._verify, self._cache_bytes)
         return self._layout
+
+
+def present_layout(folder: Folder, manifest: Manifest, verify: bool, cache_bytes: int) -> Layout:
+    """The layout of a manifest or, when a compaction has replaced that one meanwhile, of the present one.
+
+    Raises:
+        MissingShardError: the index is gone although the manifest still names it.
+    """
+    while True:
+        try:
+            return Layout(folder, manifest, verify, cache_bytes)
+        except MissingShardError:
+            newer = read_manifest(folder)
+            if newer.index == manifest.index:
+                raise
+            manifest = newer

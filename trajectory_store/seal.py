@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from trajectory_store.folder import Folder
 from trajectory_store.manifest import INDEX_SCHEMA, Manifest, ShardEntry, content_hash, encode_index
 from trajectory_store.provenance import Provenance
-from trajectory_store.shard import SUMMARY_COLUMNS, ShardFile, ShardName
+from trajectory_store.schema import SUMMARY_COLUMNS
+from trajectory_store.shard import ShardFile, ShardName
 
 READ_THREADS = 8
 """Shards whose summaries are read at a time; on an object store each is a few requests of some ten milliseconds."""
@@ -45,6 +46,13 @@ def shard_summary(folder: Folder, name: str, shard: int, provenance: Provenance)
     return pa.Table.from_batches(batches, schema=INDEX_SCHEMA)
 
 
+def _numbered(summary: pa.Table, shard: int) -> pa.Table:
+    """A shard's summary with another number for the shard."""
+    field = INDEX_SCHEMA.get_field_index("shard")
+    numbers = pa.array(np.full(summary.num_rows, shard, np.int32))
+    return summary.set_column(field, INDEX_SCHEMA.field(field), numbers)
+
+
 def canonical_index(summaries: Sequence[pa.Table]) -> pa.Table:
     """The rows that count, in canonical order, from the summaries of all shards."""
     table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *summaries])
@@ -59,18 +67,31 @@ def canonical_index(summaries: Sequence[pa.Table]) -> pa.Table:
 
 
 def build_manifest(
-    folder: Folder, sizes: Mapping[str, int], provenance: Provenance, rejected: set[str]
+    folder: Folder,
+    sizes: Mapping[str, int],
+    provenance: Provenance,
+    rejected: set[str],
+    *,
+    known: dict[str, pa.Table] | None = None,
+    salt: str = "",
 ) -> tuple[Manifest, pa.Buffer]:
     """The manifest over shards (file sizes by name; other names are ignored) and the bytes of its index.
 
-    The content hash and the order of rows depend on the rows alone.
+    Args:
+        known: summaries by shard, so that building again reads only shards that are new; added to here.
+
+    The content hash and the order of rows depend on the rows alone; the index's file name on `salt` too.
     """
     shards = {name: parsed for name in sorted(sizes) if (parsed := ShardName.parse(name))}
     names = list(shards)
+    known = {} if known is None else known
+    unknown = [name for name in names if name not in known]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        summaries = list(pool.map(lambda i: shard_summary(folder, names[i], i, provenance), range(len(names))))
+        read = pool.map(lambda name: shard_summary(folder, name, 0, provenance), unknown)
+        known.update(zip(unknown, read, strict=True))
+    summaries = [_numbered(known[name], shard) for shard, name in enumerate(names)]
     index = canonical_index(summaries)
-    index_name, content = encode_index(index)
+    index_name, content = encode_index(index, salt)
     response_tokens = index["response_tokens"].to_numpy().astype(np.int64)
     kept = set(index["prompt_id"].to_pylist()) if rejected else set()
     manifest = Manifest(

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+
 from trajectory_store.errors import (
     CorruptShardError,
     InvalidNameError,
@@ -27,11 +29,12 @@ from trajectory_store.errors import (
     StoreUnavailableError,
 )
 from trajectory_store.folder import Folder
-from trajectory_store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from trajectory_store.manifest import Manifest, read_manifest
 from trajectory_store.provenance import Provenance
 from trajectory_store.reader import DEFAULT_CACHE_BYTES, TrajectoryReader
 from trajectory_store.seal import READ_THREADS, build_manifest
 from trajectory_store.shard import DEFAULT_CODEC, Codec, ShardFile, ShardName
+from trajectory_store.state import MANIFEST_NAME, Stage, announce_seal, look, stage_of, withdraw_seal
 from trajectory_store.writer import DEFAULT_SHARD_BYTES, TrajectoryWriter
 
 PROVENANCE_NAME = "provenance.json"
@@ -115,6 +118,7 @@ class Round:
         name = hashlib.blake2b(prompt_id.encode(), digest_size=16).hexdigest() + ".json"
         record = json.dumps({"prompt_id": prompt_id, "reason": reason}, sort_keys=True) + "\n"
         self.folder.child(REJECTS_FOLDER).create(name, record.encode())
+        withdraw_seal(self.folder)
 
     def rejects(self) -> dict[str, str]:
         """Reason by prompt id for every prompt given up on."""
@@ -158,21 +162,42 @@ class Round:
             ProvenanceMismatchError: the round holds trajectories of another origin.
             CorruptShardError: names a damaged shard. Delete that file, collect again, then seal.
         """
-        if self.is_sealed:
-            sealed = self.manifest
-            sealed.provenance.require_same_origin(provenance, self.folder.path)
-            return sealed
-        self._register(provenance)
-        manifest, index = build_manifest(self.folder, self.folder.entries(), provenance, set(self.rejects()))
-        self.folder.publish(manifest.index, index)
-        # Whoever creates the manifest first decides; the other sealer returns the winner's.
-        self.folder.create(MANIFEST_NAME, manifest.to_json().encode())
-        self.folder.sweep(everything=True)
-        return self.manifest
+        if not self.is_sealed:
+            self._register(provenance)
+            self._seal(provenance)
+        sealed = self.manifest  # of several sealers the winner's
+        sealed.provenance.require_same_origin(provenance, self.folder.path)
+        return sealed
+
+    def _seal(self, provenance: Provenance) -> None:
+        tried: set[str] = set()
+        summaries: dict[str, pa.Table] = {}
+        while (announcement := announce_seal(self.folder)) is not None:
+            manifest, index = build_manifest(
+                self.folder, self.folder.entries(), provenance, set(self.rejects()), known=summaries
+            )
+            try:
+                self.folder.publish(manifest.index, index)
+                tried.add(manifest.index)
+                won = self.folder.replace(MANIFEST_NAME, announcement, manifest.to_json().encode())
+            except StoreUnavailableError:
+                if not self.is_sealed:
+                    raise
+                break  # another sealer has won and swept our temporary files away
+            if won:
+                self.folder.sweep(everything=True)
+                break
+        for name in tried - {self.manifest.index}:  # of manifests that a commit or another sealer was ahead of
+            self.folder.delete(name)
+
+    @property
+    def stage(self) -> Stage:
+        """Whether the round is open, being sealed by somebody, or sealed."""
+        return stage_of(look(self.folder))
 
     @property
     def is_sealed(self) -> bool:
-        return self.folder.exists(MANIFEST_NAME)
+        return self.stage == "sealed"
 
     @property
     def manifest(self) -> Manifest:

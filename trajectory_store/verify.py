@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from trajectory_store.checksums import checksum_of_pieces
 from trajectory_store.errors import CorruptShardError, ProvenanceMismatchError, SchemaVersionError, StoreError
-from trajectory_store.folder import TEMPORARY_PREFIX
-from trajectory_store.manifest import MANIFEST_NAME, Manifest, RowIndex
+from trajectory_store.local_files import TEMPORARY_PREFIX
+from trajectory_store.manifest import Manifest, RowIndex
 from trajectory_store.provenance import Provenance
+from trajectory_store.schema import COLUMNS, RowBatch
 from trajectory_store.seal import canonical_index, shard_summary
-from trajectory_store.shard import COLUMNS, RowBatch, ShardFile, ShardName, checksum_of
+from trajectory_store.shard import ShardFile, ShardName
+from trajectory_store.state import MANIFEST_NAME
 from trajectory_store.store import PROVENANCE_NAME, Round
 from trajectory_store.trajectory import digest, normalised
 
@@ -30,10 +33,10 @@ def verify_round(round_: Round) -> Iterator[Finding]:
     """Read a round whole and yield whatever is wrong with it; nothing when all is well."""
     sizes = round_.folder.entries()
     try:
-        manifest = round_.manifest if MANIFEST_NAME in sizes else None
+        manifest = round_.manifest if round_.is_sealed else None
         provenance = manifest.provenance if manifest else round_.provenance
     except StoreError as error:
-        yield Finding("bad", MANIFEST_NAME if MANIFEST_NAME in sizes else PROVENANCE_NAME, str(error))
+        yield Finding("bad", MANIFEST_NAME if round_.is_sealed else PROVENANCE_NAME, str(error))
         return
     counted = [shard.name for shard in manifest.shards] if manifest else []
     for name in sorted({*sizes, *counted}):
@@ -60,9 +63,8 @@ def verify_round(round_: Round) -> Iterator[Finding]:
 
 def _verify_shard(round_: Round, name: str, parsed: ShardName, provenance: Provenance) -> Iterator[Finding]:
     try:
-        content = round_.folder.read(name)
-        if checksum_of(content) != parsed.checksum:
-            yield Finding("bad", name, f"its {len(content)} bytes do not have the checksum in its name")
+        if checksum_of_pieces(round_.folder.pieces(name)) != parsed.checksum:
+            yield Finding("bad", name, "its bytes do not have the checksum in its name")
             return
         file = ShardFile(round_.folder, name, COLUMNS)
         file.provenance.require_same_origin(provenance, file.where)

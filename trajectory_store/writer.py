@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from trajectory_store.errors import InvalidNameError, RoundSealedError, StoreError
-from trajectory_store.folder import host_name
+from trajectory_store.errors import InvalidNameError, RoundSealedError, StoreError, StoreUnavailableError
+from trajectory_store.local_files import host_name
 from trajectory_store.provenance import Provenance
-from trajectory_store.shard import DEFAULT_CODEC, Codec, FinishedShard, ShardEncoder, token_type
+from trajectory_store.schema import token_type
+from trajectory_store.shard import DEFAULT_CODEC, Codec, FinishedShard, ShardEncoder
+from trajectory_store.state import withdraw_seal
 from trajectory_store.thinning import thinned
 from trajectory_store.trajectory import Trajectory, normalised, require_vocabulary
 
@@ -123,9 +125,14 @@ class TrajectoryWriter:
 
     def _publish(self, shard: FinishedShard) -> None:
         self._round.require_writable()
-        self._round.folder.publish(shard.name, shard.content)
-        if self._round.is_sealed and shard.name not in {entry.name for entry in self._round.manifest.shards}:
-            # Sealed between the check and the publish: the shard came too late and is debris.
+        try:
+            self._round.folder.publish(shard.name, shard.content)
+        except StoreUnavailableError:
+            self._round.require_unsealed()  # a sealer sweeps the temporary files of writers that are too late
+            raise
+        too_late = withdraw_seal(self._round.folder)
+        if too_late and shard.name not in {entry.name for entry in self._round.manifest.shards}:
+            # Sealed between the check and the publish: the shard is debris.
             self._round.folder.delete(shard.name)
             raise RoundSealedError(f"{self._round.folder.path} was sealed while {shard.name} was being written")
 

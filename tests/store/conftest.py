@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.fs as pafs
 import pytest
 
 from trajectory_store import Provenance, Round, Trajectory, TrajectoryStore
@@ -59,6 +60,36 @@ def memory_folder() -> str:
     """A temporary folder in memory where there is one, for tests that would flush to disk thousands of times."""
     memory = Path("/dev/shm")
     return tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Host and port of a real S3-compatible server on loopback."""
+    moto_server = pytest.importorskip("moto.server", reason="needs the dev extra: moto[server]")
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_endpoint: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store in a bucket of its own."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    bucket = "b" + "".join(c for c in request.node.name.lower() if c.isalnum())[:50]
+    query = f"scheme=http&endpoint_override={s3_endpoint}&region=us-east-1&allow_bucket_creation=true"
+    filesystem, path = pafs.FileSystem.from_uri(f"s3://{bucket}?{query}")
+    filesystem.create_dir(path)
+    return f"s3://{bucket}/runs/store?{query}"
+
+
+@pytest.fixture
+def s3(s3_url: str) -> Round:
+    """Round 1 of a store on S3."""
+    return TrajectoryStore(s3_url).round(1)
 
 
 @pytest.fixture

@@ -23,8 +23,17 @@ from trajectory_store import Round, TrajectoryStore
 from trajectory_store.verify import verify_round
 
 IDS = [f"p{i}" for i in range(6)]
-STEPPED_FILES = ("folder.py", "writer.py", "store.py", "seal.py")
-PUBLISHING = ("publish", "create", "_publish", "_write_temporary", "_sync_directory")
+STEPPED_FILES = ("folder.py", "local_files.py", "state.py", "writer.py", "store.py", "seal.py")
+PUBLISHING = (
+    "publish",
+    "create",
+    "replace",
+    "_publish",
+    "publish_file",
+    "create_file",
+    "replace_file",
+    "write_temporary",
+)
 
 
 def job(round_: Round) -> str:

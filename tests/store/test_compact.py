@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from trajectory_store import (
     Provenance,
     Round,
     RoundNotSealedError,
+    StoreError,
     StoreUnavailableError,
     TrajectoryFeed,
 )
@@ -46,7 +49,8 @@ def test_rows_and_hash_stay(sealed: Round) -> None:
     assert list(sealed.reader()) == list(sealed.reader().scan()) == [make_trajectory(i) for i in IDS]
     assert list(verify_round(sealed)) == []
     assert len(sealed.shard_names()) == 1
-    assert compact_round(sealed) == after
+    again = compact_round(sealed)
+    assert (again.content_hash, again.bytes) == (after.content_hash, after.bytes)
 
 
 def test_readers_go_on_while_it_happens(sealed: Round) -> None:
@@ -89,6 +93,26 @@ def test_threads_read_through_repeated_compactions(sealed: Round) -> None:
     assert failures == []
 
 
+def test_two_compactions_at_once_leave_one_whole_round(sealed: Round) -> None:
+    """Whoever loses says so and takes its own files away, none of the winner's."""
+
+    def compact(shard_bytes: int) -> bool:
+        barrier.wait()
+        try:
+            compact_round(sealed, shard_bytes)
+        except StoreError as error:
+            assert "meanwhile" in str(error)
+            return False
+        return True
+
+    for _ in range(10):
+        barrier = threading.Barrier(3)
+        with ThreadPoolExecutor(3) as pool:
+            assert any(pool.map(compact, (1, 3000, 1 << 20)))
+        assert list(sealed.reader()) == [make_trajectory(i) for i in IDS]
+        assert list(verify_round(sealed)) == []
+
+
 def test_a_shard_that_is_really_gone_is_missed(sealed: Round) -> None:
     (Path(sealed.folder.path) / sealed.manifest.shards[3].name).unlink()
     with pytest.raises(MissingShardError):
@@ -102,17 +126,19 @@ def test_interrupted_anywhere_the_round_is_whole(sealed: Round, monkeypatch: pyt
     """Stopped before the k-th file appears (shard, index, manifest) or, with all published, before the first delete."""
     done = 0
 
-    def stopping(self: Folder, name: str, *arguments: object) -> None:
-        nonlocal done
-        if done == step:
-            raise StoreUnavailableError("stopped")
-        done += 1
-        original(self, name, *arguments)
+    def stopping(action: Callable[..., object]) -> Callable[..., object]:
+        def stop_or_do(self: Folder, name: str, *arguments: object) -> object:
+            nonlocal done
+            if done == step:
+                raise StoreUnavailableError("stopped")
+            done += 1
+            return action(self, name, *arguments)
 
-    original = Folder.publish if step < 3 else Folder.delete
-    done = 3 if step == 3 else 0
+        return stop_or_do
+
     with monkeypatch.context() as patch, pytest.raises(StoreUnavailableError):
-        patch.setattr(Folder, original.__name__, stopping)
+        for action in (Folder.publish, Folder.replace, Folder.delete):
+            patch.setattr(Folder, action.__name__, stopping(action))
         compact_round(sealed)
     assert list(sealed.reader()) == [make_trajectory(i) for i in IDS]
     assert [f for f in verify_round(sealed) if f.severity == "bad"] == []

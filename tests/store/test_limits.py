@@ -15,7 +15,7 @@ import pytest
 
 from tests.store.conftest import make_trajectory
 from trajectory_store import Provenance, Round, StoreUnavailableError, Trajectory, TrajectoryStore
-from trajectory_store.folder import host_name
+from trajectory_store.local_files import host_name
 
 
 @contextmanager

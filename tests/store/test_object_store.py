@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import pyarrow.fs as pafs
 import pytest
 
 from tests.store.conftest import make_provenance, make_trajectory
@@ -23,35 +20,8 @@ from trajectory_store import (
 from trajectory_store.__main__ import main
 from trajectory_store.verify import verify_round
 
-moto_server = pytest.importorskip("moto.server", reason="needs the dev extra: moto[server]")
 moto_s3_backends = pytest.importorskip("moto.s3.models").s3_backends
 DEFAULT_ACCOUNT_ID = pytest.importorskip("moto.core").DEFAULT_ACCOUNT_ID
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def url(endpoint: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    bucket = "b" + "".join(c for c in request.node.name.lower() if c.isalnum())[:50]
-    query = f"scheme=http&endpoint_override={endpoint}&region=us-east-1&allow_bucket_creation=true"
-    filesystem, path = pafs.FileSystem.from_uri(f"s3://{bucket}?{query}")
-    filesystem.create_dir(path)
-    return f"s3://{bucket}/runs/store?{query}"
-
-
-@pytest.fixture
-def s3(url: str) -> Round:
-    return TrajectoryStore(url).round(1)
 
 
 def write(round_: Round, provenance: Provenance, ids: list[str], **options: object) -> None:
@@ -60,8 +30,10 @@ def write(round_: Round, provenance: Provenance, ids: list[str], **options: obje
             writer.append(make_trajectory(prompt_id))
 
 
-def test_a_round_lives_on_s3(s3: Round, url: str, provenance: Provenance, capsys: pytest.CaptureFixture[str]) -> None:
-    assert TrajectoryStore(url).rounds() == []
+def test_a_round_lives_on_s3(
+    s3: Round, s3_url: str, provenance: Provenance, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert TrajectoryStore(s3_url).rounds() == []
     assert s3.committed_ids() == set()
     ids = [f"p{i:02d}" for i in range(20)]
     write(s3, provenance, ids[::2])
@@ -72,9 +44,9 @@ def test_a_round_lives_on_s3(s3: Round, url: str, provenance: Provenance, capsys
     manifest = s3.seal(provenance)
     assert (manifest.rows, manifest.rejects) == (20, 1)
     assert list(s3.reader()) == [make_trajectory(i) for i in ids]
-    assert [r.number for r in TrajectoryStore(url).rounds()] == [1]
+    assert [r.number for r in TrajectoryStore(s3_url).rounds()] == [1]
     assert list(verify_round(s3)) == []
-    assert main(["ls", url]) == 0
+    assert main(["ls", s3_url]) == 0
     assert "20 rows" in capsys.readouterr().out
     with pytest.raises(RoundSealedError):
         s3.writer(provenance)
@@ -105,19 +77,6 @@ def test_a_listing_of_thousands_of_shards(s3: Round, provenance: Provenance) -> 
     for i in range(3000):
         backend.put_object(bucket, f"{prefix}/shard-w{i}-000000-{i:032x}.arrow", b"x")
     assert len(s3.shard_names()) == 3001
-
-
-def test_simultaneous_seals_agree(s3: Round, provenance: Provenance) -> None:
-    write(s3, provenance, ["a", "b"])
-    barrier = threading.Barrier(4)
-
-    def seal(_: int) -> str:
-        barrier.wait()
-        return s3.seal(provenance).content_hash
-
-    with ThreadPoolExecutor(4) as pool:
-        hashes = set(pool.map(seal, range(4)))
-    assert hashes == {s3.manifest.content_hash}
 
 
 def test_an_exception_while_uploading_publishes_nothing(s3: Round, provenance: Provenance) -> None:

@@ -11,7 +11,8 @@ from pyarrow import ipc
 
 from tests.store.conftest import make_trajectory
 from trajectory_store import Provenance, Round
-from trajectory_store.shard import COLUMNS, Codec
+from trajectory_store.schema import COLUMNS
+from trajectory_store.shard import Codec
 
 IDS = [f"p{i:02d}" for i in range(30)]
 
