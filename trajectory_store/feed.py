@@ -7,17 +7,17 @@ every step still trains on the same rows.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Self
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from trajectory_store.errors import StoreError
 from trajectory_store.order import Rows, balanced_shares, global_order, step_bounds
+from trajectory_store.prefetch import ReadingAhead
 from trajectory_store.reader import TrajectoryReader
 from trajectory_store.trajectory import Trajectory
 
@@ -53,11 +53,10 @@ class FeedStep:
     """Where to resume once this step is done."""
 
 
-class TrajectoryFeed:
+class TrajectoryFeed(ReadingAhead[FeedStep]):
     """Iterates over steps for one rank, reading ahead in background threads.
 
-    Every rank makes one with the same arguments apart from `rank`, and gets as many steps as the others. Use it as a
-    context manager, or close it, to stop the threads.
+    Every rank makes one with the same arguments apart from `rank`, and gets as many steps as the others.
     """
 
     def __init__(
@@ -89,6 +88,7 @@ class TrajectoryFeed:
         Raises:
             StoreError: `position` is of another round or another seed.
         """
+        super().__init__(prefetch_steps, threads)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
         start = Position(reader.manifest.content_hash, seed, 0, 0)
@@ -102,31 +102,9 @@ class TrajectoryFeed:
         self._rank, self._world_size = rank, world_size
         self._epochs, self._drop_last = epochs, drop_last
         self._start = position or start
-        self._prefetch_steps = max(1, prefetch_steps)
-        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="trajectory-feed")
 
-    def __iter__(self) -> Iterator[FeedStep]:
-        """The steps from the given position on; an error of the store is raised at the step it concerns."""
-        plan = self._plan()
-        ahead: deque[Future[FeedStep]] = deque()
-        for rows, position in plan:
-            ahead.append(self._pool.submit(self._read, rows, position))
-            if len(ahead) > self._prefetch_steps:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _jobs(self, stop: threading.Event) -> Iterator[Callable[[], FeedStep]]:
+        return (partial(self._read, rows, position) for rows, position in self._plan())
 
     def _read(self, rows: Rows, position: Position) -> FeedStep:
         return FeedStep(tuple(self._reader[row] for row in rows.tolist()), rows, position)

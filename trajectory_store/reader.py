@@ -101,6 +101,11 @@ class TrajectoryReader:
         return self._layout.manifest
 
     @property
+    def index(self) -> RowIndex:
+        """Where each row lies, as of the last time that was looked at."""
+        return self._layout.index
+
+    @property
     def prompt_lengths(self) -> npt.NDArray[np.int32]:
         """Prompt tokens of each row, [N]."""
         return self._layout.index.prompt_lengths
