@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     many("verify", commands.verify, "read everything, name every bad or missing file; exit code 1 if there is one")
 
     compact = many("compact", commands.compact, "rewrite sealed rounds into few large shards, while readers read")
-    compact.add_argument("--shard-mib", type=int, default=256, help="size of the new shards (default: %(default)s)")
+    compact.add_argument("--shard-mib", type=_positive, default=256, help="of a new shard (default: %(default)s)")
     compact.add_argument("--codec", choices=("zstd", "lz4", "none"), default="zstd")
 
     export = command("export", commands.export, "write a sealed round to one file")
@@ -74,13 +74,20 @@ def _parser() -> argparse.ArgumentParser:
         default="jsonl",
         help="trajectories, training: the published code's trajectory JSON and training JSONL (default: %(default)s)",
     )
-    bring.add_argument("--block-size", type=int, required=True)
+    bring.add_argument("--block-size", type=_positive, required=True)
     bring.add_argument(
         "--end-id", action="append", type=int, default=[], help="token that ends a response (repeatable)"
     )
     bring.add_argument("--model-hash", default="imported", help="content hash of the model that made the trajectories")
     bring.add_argument("--tokenizer-hash", default="imported")
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from trajectory_store.compact import compact_round
 from trajectory_store.drawing import draw_bars, draw_trajectory
-from trajectory_store.errors import InvalidNameError, RoundNotFoundError
+from trajectory_store.errors import InvalidNameError, RoundNotFoundError, StoreError
 from trajectory_store.exchange import export_round, import_file
 from trajectory_store.provenance import Provenance
+from trajectory_store.reader import TrajectoryReader
 from trajectory_store.statistics import NOISE_BINS, round_statistics
 from trajectory_store.store import Round, TrajectoryStore
+from trajectory_store.trajectory import Trajectory
 from trajectory_store.verify import verify_round
 
 Lines = Iterator[tuple[str, int]]
@@ -62,14 +64,22 @@ def show(options: argparse.Namespace) -> Lines:
     colour = options.colour == "always" or (options.colour == "auto" and sys.stdout.isatty())
     for round_ in (r for path in options.paths for r in existing_rounds(path)):
         reader = round_.reader()
-        rows = [reader.find(prompt_id) for prompt_id in options.id]
-        rows += [reader[number] for number in options.row if number < len(reader)]
-        if not options.id and not options.row:
-            rows = [reader[0]] if len(reader) else []
-        for row in rows:
-            if row is not None:
-                block_size = reader.manifest.provenance.block_size
-                yield from ((line, 0) for line in draw_trajectory(row, block_size, colour=colour))
+        block_size = reader.manifest.provenance.block_size
+        for row in _chosen_rows(reader, options.id, options.row):
+            yield from ((line, 0) for line in draw_trajectory(row, block_size, colour=colour))
+
+
+def _chosen_rows(reader: TrajectoryReader, prompt_ids: list[str], numbers: list[int]) -> Iterator[Trajectory]:
+    """The rows asked for; the first when none is."""
+    for prompt_id in prompt_ids:
+        row = reader.find(prompt_id)
+        if row is None:
+            raise StoreError(f"{reader.where} has no row for the prompt {prompt_id!r}")
+        yield row
+    for number in numbers or ([0] if not prompt_ids and len(reader) else []):
+        if not 0 <= number < len(reader):
+            raise StoreError(f"{reader.where} has {len(reader)} rows, counted from 0; there is no row {number}")
+        yield reader[number]
 
 
 def stats(options: argparse.Namespace) -> Lines:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from trajectory_store.errors import MissingShardError
 from trajectory_store.folder import Folder
 from trajectory_store.manifest import Manifest, RowIndex, read_manifest
-from trajectory_store.schema import RowBatch
+from trajectory_store.schema import COLUMNS, RowBatch
 from trajectory_store.shard import ShardFile
 from trajectory_store.trajectory import Trajectory
 
@@ -101,6 +102,11 @@ class TrajectoryReader:
         return self._layout.manifest
 
     @property
+    def where(self) -> str:
+        """The round's folder."""
+        return self._folder.path
+
+    @property
     def index(self) -> RowIndex:
         """Where each row lies, as of the last time that was looked at."""
         return self._layout.index
@@ -153,6 +159,27 @@ class TrajectoryReader:
                 yield from (self[i] for i in places.tolist())
                 continue
             yield from (batch[row] for row in index.rows[places].tolist())
+
+    def columns(self, *names: str) -> Iterator[pa.RecordBatch]:
+        """Some columns (schema.COLUMNS) of every row once, in the order they are stored in; no others are fetched.
+
+        Raises:
+            KeyError: there is no such column.
+            MissingShardError: the round was compacted since this reader last looked; begin again.
+        """
+        if unknown := set(names) - set(COLUMNS):
+            raise KeyError(f"no columns {sorted(unknown)}; there are {', '.join(COLUMNS)}")
+        layout = self._layout
+        index = layout.index
+        for shard, entry in enumerate(layout.manifest.shards):
+            rows_of_shard = index.shards == shard
+            if not rows_of_shard.any():
+                continue
+            file = ShardFile(self._folder, entry.name, names, self._verify)
+            for number in range(file.batches):
+                rows = np.sort(index.rows[rows_of_shard & (index.batches == number)])
+                if len(rows):
+                    yield file.read_batch(number).take(pa.array(rows))
 
     def prompt_id(self, i: int) -> str:
         """Prompt id of row i, without reading the row."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,56 @@ def test_verify(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     shard.write_bytes(shard.read_bytes()[:-3])
     assert main(["verify", path]) == 1
     assert shard.name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--id", "nobody"], "has no row for the prompt 'nobody'"),
+        (["--row", "10"], "has 10 rows, counted from 0; there is no row 10"),
+        (["--row", "-1"], "there is no row -1"),
+    ],
+)
+def test_rows_that_are_not_there(
+    path: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["show", path, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["compact", "x", "--shard-mib", "0"], ["import", "x", "y/round-001", "--block-size", "0"], ["show"], ["nonsense"]],
+)
+def test_bad_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: python -m trajectory_store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["import", "{tmp}/nowhere.jsonl", "{tmp}/s/round-001", "--block-size", "4"], "nowhere.jsonl cannot be read"),
+        (["import", "{tmp}/nowhere.jsonl", "{tmp}/s", "--block-size", "4"], "names no round"),
+        (["export", "{tmp}/s/round-001", "{tmp}/out"], "is not sealed"),
+        (["stats", "nosuch://x"], "nosuch://x"),
+        (["verify", "{tmp}/s/round-007"], "holds no rounds"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_as_a_program(path: str) -> None:
+    command = [sys.executable, "-m", "trajectory_store", "ls", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert "10 rows" in done.stdout
 
 
 def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

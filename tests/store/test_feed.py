@@ -88,6 +88,10 @@ def test_resume_continues_the_very_sequence(reader: TrajectoryReader, before: in
     saved = json.loads(json.dumps(first[-1][-1].position.to_dict()))
     rest = run(reader, after, epochs=2, position=Position.from_dict(saved))
     assert step_rows(first) + step_rows(rest) == whole
+    # Not only the same steps: every rank reads the very sequence it would have read without the interruption.
+    for world_size, part, places in ((before, first, slice(stop_after)), (after, rest, slice(stop_after, None))):
+        uninterrupted = run(reader, world_size, epochs=2)[places]
+        assert [[p.rows.tolist() for p in s] for s in part] == [[p.rows.tolist() for p in s] for s in uninterrupted]
 
 
 def test_the_order_within_a_rank_is_the_global_one(reader: TrajectoryReader) -> None:

@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.store.conftest import make_trajectory
+from tests.store.conftest import make_trajectory, memory_folder
 from trajectory_store import Provenance, Round, StoreUnavailableError, Trajectory, TrajectoryStore
 from trajectory_store.local_files import host_name
 
@@ -62,14 +64,58 @@ def test_the_reason_is_in_the_message(
     assert round_.committed_ids() == {"a"}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_lost_permission(round_: Round, provenance: Provenance) -> None:
+FILL_THE_DISK = """
+import sys
+from tests.store.conftest import make_provenance, make_trajectory
+from trajectory_store import StoreUnavailableError, TrajectoryStore
+round_ = TrajectoryStore(sys.argv[1]).round(1)
+with round_.writer(make_provenance()) as writer:
+    writer.append(make_trajectory("a"))
+    writer.commit()
+    writer.append(make_trajectory("b", response_tokens=200_000))
+    try:
+        writer.commit()
+    except StoreUnavailableError as error:
+        print(error)
+    writer.discard()
+print(round_.committed_ids(), round_.seal(make_provenance()).rows)
+"""
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """A file system of 256 KiB, mounted in a name space of its own."""
+    mounted = f"mount -t tmpfs -o size=256k tmpfs {tmp_path}"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mounted], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    command = f"{mounted} && exec {sys.executable} -c '{FILL_THE_DISK}' {tmp_path}"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    message, rest = done.stdout.splitlines()
+    assert "No space left on device" in message
+    assert "stays readable" in message
+    assert rest == "{'a'} 1"
+
+
+def test_lost_permission(provenance: Provenance) -> None:
+    folder = Path(memory_folder())
+    round_ = TrajectoryStore(folder).round(1)
     writer = round_.writer(provenance)
     writer.append(make_trajectory("a"))
-    Path(round_.folder.path).chmod(0o500)
-    with pytest.raises(StoreUnavailableError, match="Permission denied"):
-        writer.commit()
-    Path(round_.folder.path).chmod(0o700)
+    folder.chmod(0o755)
+    Path(round_.folder.path).chmod(0o555)
+    root = os.geteuid() == 0
+    try:
+        if root:  # who may write everywhere: be nobody for a moment
+            os.seteuid(65534)
+        with pytest.raises(StoreUnavailableError, match="Permission denied"):
+            writer.commit()
+    finally:
+        if root:
+            os.seteuid(0)
+        Path(round_.folder.path).chmod(0o755)
+    writer.close()
+    assert round_.committed_ids() == {"a"}
+    shutil.rmtree(folder)
 
 
 def test_a_store_that_vanished_is_not_quietly_begun_again(round_: Round, provenance: Provenance) -> None:

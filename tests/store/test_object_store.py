@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +22,7 @@ from trajectory_store import (
     TrajectoryStore,
 )
 from trajectory_store.__main__ import main
+from trajectory_store.folder import Folder
 from trajectory_store.verify import verify_round
 
 moto_s3_backends = pytest.importorskip("moto.s3.models").s3_backends
@@ -118,3 +123,73 @@ def test_a_server_that_is_gone_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
     url = "s3://nowhere/store?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1&connect_timeout=1"
     with pytest.raises(StoreUnavailableError, match="nowhere/store"):
         TrajectoryStore(url).round(1).writer(make_provenance())
+
+
+def test_a_bucket_that_vanished_is_reported(s3: Round, provenance: Provenance) -> None:
+    with s3.writer(provenance) as writer:
+        writer.append(make_trajectory("a"))
+        bucket = s3.folder.path.partition("/")[0]
+        backend = moto_s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+        for key in list(backend.buckets[bucket].keys):
+            backend.delete_object(bucket, key)
+        backend.delete_bucket(bucket)
+        with pytest.raises(StoreUnavailableError, match="round-001"):
+            writer.commit()
+        writer.discard()
+
+
+def test_a_request_that_fails_is_no_damage(s3: Round, provenance: Provenance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made again; when it goes on failing that is said, and the shard is not called damaged."""
+    write(s3, provenance, ["a", "b"])
+    s3.seal(provenance)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    original, failing = Folder.open, 0
+
+    def fail_a_while(folder: Folder, name: str) -> object:
+        nonlocal failing
+        caller = sys._getframe(1).f_code.co_name
+        if name.startswith("shard-") and caller == "_open" and failing:
+            failing -= 1
+            raise OSError("AWS Error INTERNAL_FAILURE during GetObject operation")
+        return original(folder, name)
+
+    monkeypatch.setattr(Folder, "open", fail_a_while)
+    failing = 2
+    assert [t.prompt_id for t in s3.reader()] == ["a", "b"]
+    failing = 3
+    with pytest.raises(StoreUnavailableError, match="is intact, but"):
+        list(s3.reader())
+
+
+STREAM = """
+import sys
+import pyarrow as pa
+from trajectory_store import TrajectoryFeed, TrajectoryStore
+reader = TrajectoryStore(sys.argv[1]).round(1).reader(cache_bytes=2 << 20)
+with TrajectoryFeed(reader, seed=0, samples=4, prefetch_steps=2, threads=2) as feed:
+    rows = sum(len(step.rows) for step in feed)
+print(rows, pa.default_memory_pool().max_memory())
+"""
+
+
+def test_streaming_takes_memory_that_does_not_grow_with_the_store(s3_url: str, provenance: Provenance) -> None:
+    """Peak of Arrow's memory in a process that reads a whole round from S3, in random order, reading ahead."""
+    row = make_trajectory("row", response_tokens=20_000)
+    peaks, sizes = [], []
+    for name, count in (("small", 30), ("large", 240)):
+        address = s3_url.replace("/runs/store", f"/runs/{name}")
+        round_ = TrajectoryStore(address).round(1)
+        with round_.writer(provenance, codec="none", shard_bytes=4 << 20) as writer:
+            for i in range(count):
+                writer.append(replace(row, prompt_id=f"{i:04d}"))
+        sizes.append(round_.seal(provenance).bytes)
+        command = [sys.executable, "-c", STREAM, address]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], timeout=300
+        )
+        rows, peak = map(int, done.stdout.split())
+        assert rows == count
+        peaks.append(peak)
+    assert sizes[1] > 7 * sizes[0]
+    assert peaks[1] < 1.25 * peaks[0] + (1 << 20), (sizes, peaks)
+    assert peaks[1] < sizes[1] / 2, (sizes, peaks)

@@ -11,17 +11,18 @@ from pyarrow import ipc
 
 from tests.store.conftest import make_trajectory
 from trajectory_store import Provenance, Round
-from trajectory_store.schema import COLUMNS
+from trajectory_store.schema import COLUMNS, RowBatch
 from trajectory_store.shard import Codec
 
 IDS = [f"p{i:02d}" for i in range(30)]
 
 
-@pytest.fixture(params=["zstd", "lz4", "none"])
+@pytest.fixture(params=["zstd", "lz4", "none", "zstd, 16 bits"])
 def files(round_: Round, provenance: Provenance, request: pytest.FixtureRequest) -> list[str]:
-    codec: Codec = request.param
+    codec: Codec = request.param.partition(",")[0]
+    vocabulary = 512 if "16" in request.param else None
     for part in range(2):
-        with round_.writer(provenance, writer_id=f"w{part}", codec=codec) as writer:
+        with round_.writer(provenance, writer_id=f"w{part}", codec=codec, vocabulary_size=vocabulary) as writer:
             for prompt_id in IDS[part::2]:
                 writer.append(make_trajectory(prompt_id))
     return [str(Path(round_.folder.path) / name) for name in round_.shard_names()]
@@ -40,7 +41,12 @@ def test_pyarrow(files: list[str]) -> None:
 
 def test_tokens_reach_numpy_without_a_copy(files: list[str]) -> None:
     batch = ipc.open_file(pa.memory_map(files[0])).get_batch(0)
-    assert batch["tails"].values.to_numpy(zero_copy_only=True).dtype == "int32"
+    values = batch["tails"].values
+    array = values.to_numpy(zero_copy_only=True)
+    assert array.ctypes.data == values.buffers()[1].address
+    tails = RowBatch(batch)[0].tails
+    assert tails.dtype == "int32"
+    assert (tails.ctypes.data == array.ctypes.data) == (array.dtype == "int32")
 
 
 def test_datasets(files: list[str], tmp_path: Path) -> None:

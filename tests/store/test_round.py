@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from trajectory_store import (
     StoreError,
     TrajectoryStore,
 )
+from trajectory_store.folder import Folder
 
 
 def write(round_: Round, provenance: Provenance, ids: list[str], **options: object) -> None:
@@ -234,6 +236,38 @@ def test_a_remote_filesystem(provenance: Provenance) -> None:
     store.round(1).reject("c", "too long")
     store.round(1).seal(provenance)
     assert [t.prompt_id for t in store.round(1).reader()] == ["a", "b"]
+
+
+def test_columns_can_be_read_alone(round_: Round, provenance: Provenance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that count, only the columns asked for, and only their bytes fetched."""
+    for part in ("abc", "cde"):
+        with round_.writer(provenance, writer_id=part) as writer:
+            for prompt_id in part:
+                writer.append(make_trajectory(prompt_id, response_tokens=20_000))
+    round_.seal(provenance)
+    fetched = 0
+
+    class Counting(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            nonlocal fetched
+            content = super().read(size)
+            fetched += len(content)
+            return content
+
+    def open_counting(folder: Folder, name: str) -> pa.PythonFile:
+        return pa.PythonFile(Counting((Path(folder.path) / name).read_bytes()), "r")
+
+    reader = round_.reader()
+    monkeypatch.setattr(Folder, "open", open_counting)
+    table = pa.Table.from_batches(reader.columns("prompt_id", "prompt"))
+    assert table.schema.names == ["prompt_id", "prompt"]
+    assert dict(zip(*table.to_pydict().values(), strict=True)) == {
+        i: make_trajectory(i, response_tokens=20_000).prompt.tolist() for i in "abcde"
+    }
+    assert table.num_rows == 5
+    assert fetched < round_.manifest.bytes / 10
+    with pytest.raises(KeyError, match="novelty"):
+        next(reader.columns("novelty"))
 
 
 def test_memory_of_the_cache_is_bounded(round_: Round, provenance: Provenance) -> None:
