@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NOT_BENCHMARKS = {"__init__", "__main__", "measure", "published", "tiny_inputs"}
+NOT_BENCHMARKS = {"__init__", "__main__", "mds", "measure", "published", "tiny_inputs"}
 
 
 def main() -> int:
