@@ -30,8 +30,8 @@ class Mds:
     def __init__(self, environment: Path, folder: Path) -> None:
         self._folder = folder
         python = environment / "bin" / "python"
-        if not python.exists():
-            make_mds_environment(environment)
+        if not list(environment.glob("lib/python*/site-packages/torchvision/transforms/functional.py")):
+            make_mds_environment(environment)  # that file is made last: an interrupted environment is made again
         command = [str(python.absolute()), str(Path(__file__).absolute()), str(folder)]
         search = {"PYTHONPATH": str(Path(__file__).absolute().parent.parent)}
         self._child = subprocess.Popen(
