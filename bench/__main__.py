@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-NOT_BENCHMARKS = {"__init__", "__main__", "mds", "measure", "published", "tiny_inputs"}
+NOT_BENCHMARKS = {"__init__", "__main__", "ablate", "ablation", "mds", "measure", "published", "tiny_inputs"}
+"""Parts of benchmarks, and the ablation, which takes an hour and a directory for its cells."""
 
 
 def main() -> int:

@@ -5,10 +5,8 @@ Ours writes all responses in one batch and then iterates all blocks of all of th
 
 from __future__ import annotations
 
-import torch
-
 from bench import published, tiny_inputs
-from bench.measure import alternate, median, parser, ratio, report
+from bench.measure import alternate, busy_clock, median, parser, ratio, report, use_threads
 from jf_cluster.jacobi.responses import generate_responses
 from jf_cluster.jacobi.trajectories import trace
 
@@ -21,7 +19,7 @@ def main() -> None:
     p.add_argument("--block-size", type=int, default=16)
     p.add_argument("--max-new-tokens", type=int, default=192)
     args = p.parse_args()
-    torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     model = tiny_inputs.load(args.model, args.device)
     prompts, end = tiny_inputs.prompts(args.model, args.prompts)
     keys = range(len(prompts))
@@ -46,6 +44,7 @@ def main() -> None:
         {"generation": ours_generation, "trajectories": ours_trajectories, "published": theirs},
         args.repeats,
         args.device,
+        busy_clock(args.device),
     )
     ours_rate = [args.prompts / (g + t) for g, t in zip(seconds["generation"], seconds["trajectories"], strict=True)]
     their_rate = [args.published_prompts / s for s in seconds["published"]]

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
+import resource
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,21 +32,74 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
-def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Run all sides in turn, A B A B …, and give each side's wall-clock seconds; the first turn is not counted.
+def use_threads(threads: int) -> None:
+    """Compute with so many threads and take numbers too small for a normal float as zero, as the project's workers do.
+
+    It holds for all sides: a trained model's probabilities become denormal, and a CPU is many times slower at those.
+    """
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+
+
+def busy_clock(device: str) -> Callable[[], float]:
+    """The clock to measure computation with: CPU time where one thread computes, as other work may share the cores."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Run all sides in turn, A B A B …, and give each side's seconds by ``clock``; the first turn is not counted.
 
     Alternating means that a machine that slows down or speeds up does so for all sides alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, run in sides.items():
-            begun = time.perf_counter()
+            begun = clock()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
             if turn:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(clock() - begun)
     return seconds
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module-level function gives in a new process, whose memory nothing has used yet."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """Most memory ``run`` holds above what was held before: the allocator's count on a GPU, else the resident set."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    before, peak, stop = _resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            peak[0] = max(peak[0], _resident())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+    finally:
+        stop.set()
+        watcher.join()
+    return peak[0] - before
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:

@@ -1,19 +1,21 @@
 """The published procedures, written afresh from the paper's description, as the other side of the benchmarks.
 
 Collecting: one prompt at a time, block after block, one forward an iteration over the block's remaining tokens with a
-key-value cache. Training: one sample a step, a dense mask over clean and noisy tokens, float32 logits of every token.
+key-value cache. Training: one sample a step, clean and noisy blocks interleaved at full length under one dense mask,
+float32 logits of every token (the paper's figure 6 and section 3.2, and the layout the published trainer asserts).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
-from jf_cluster.jacobi.packing import PackedBatch
+from jf_cluster.jacobi.samples import Sample
 from jf_cluster.jacobi.sampling import IntArray, initial_guess
 
 
@@ -57,23 +59,84 @@ def collect(
     return response, trajectory
 
 
-def training_loss(model: PreTrainedModel, samples: Sequence[PackedBatch], ar_weight: float) -> float:
-    """Forward and backward of samples one at a time, with gradients accumulated; gives the loss of all of them.
+@dataclass(frozen=True)
+class Interleaved:
+    """One sample in the published layout: the prompt, then every block noisy and clean in turn, each n tokens long.
 
-    ``model`` is under ``branch_attention(model, "dense")`` and each batch holds a single sample.
+    Blocks are padded to n, so a sample has P + 2 n ceil(R / n) tokens: the response twice, whatever the noise.
     """
-    noisy = sum(s.noisy_tokens for s in samples)
-    clean = sum(s.clean_tokens for s in samples)
+
+    tokens: torch.Tensor
+    """int64 [1, L]"""
+    positions: torch.Tensor
+    """int64 [1, L]: a noisy block has the positions of the clean block that follows it."""
+    bias: torch.Tensor
+    """What is added to attention scores, 0 or minus infinity; float32 [1, 1, L, L]."""
+    clean: torch.Tensor
+    """Flat index of each clean position that predicts a response token, int64 [C]."""
+    targets: torch.Tensor
+    """int64 [C]"""
+    noisy: torch.Tensor
+    """Flat index of each taught noisy position, int64 [N]."""
+    mirrors: torch.Tensor
+    """Flat index of the clean position it mirrors, int64 [N]."""
+
+
+def interleave(sample: Sample, block_size: int, window: int, device: torch.device) -> Interleaved:
+    """Lay one of our samples (drawn once) out as published: the same iterates, positions taught and visible context."""
+    prompt, n = sample.prompt_length, block_size
+    response = sample.stem[prompt:]
+    blocks = -(-len(response) // n)
+    rank = np.arange(blocks * n)
+    streams = np.zeros((2, blocks * n), dtype=np.int64)  # noisy, clean; padding is token 0
+    streams[:, : len(response)] = response
+    taught = np.zeros(blocks * n, dtype=bool)
+    for branch in sample.branches:
+        span = slice(branch.start - prompt, branch.start - prompt + len(branch.tokens))
+        streams[0, span], taught[span] = branch.tokens, branch.taught
+    # In a row: block, noisy or clean, place in the block.
+    turned = streams.reshape(2, blocks, n).transpose(1, 0, 2).ravel()
+    place = rank.reshape(blocks, 1, n).repeat(2, axis=1).ravel()
+    stream = np.arange(2).reshape(1, 2, 1).repeat(blocks, axis=0).repeat(n, axis=2).ravel()
+    tokens = np.concatenate([sample.stem[:prompt], turned])
+    positions = np.concatenate([np.arange(prompt), prompt + place])
+    stream = np.concatenate([np.ones(prompt, np.int64), stream])
+    begins = np.where(
+        positions < prompt, 0, prompt + (positions - prompt) // (n * (window or blocks)) * n * (window or blocks)
+    )
+    before = positions[None, :] <= positions[:, None]
+    clean_context = (stream[:, None] == 1) | (positions[None, :] < begins[:, None])
+    seen = before & np.where(
+        stream[None, :] == 1, clean_context, (stream[:, None] == 0) & (positions[None, :] >= begins[:, None])
+    )
+    bias = np.where(seen, np.float32(0), np.float32(-np.inf))
+    index = prompt + (2 * (rank // n)) * n + rank % n
+    response_clean = index + n
+    clean = np.concatenate([[prompt - 1], response_clean[: len(response) - 1]])
+    kept = np.flatnonzero(taught)
+    moved = (
+        torch.from_numpy(np.ascontiguousarray(a)).to(device)
+        for a in (tokens[None], positions[None], bias[None, None], clean, response, index[kept], response_clean[kept])
+    )
+    return Interleaved(*moved)
+
+
+def training_loss(model: PreTrainedModel, samples: Sequence[Interleaved], ar_weight: float) -> float:
+    """Forward and backward of samples one at a time, gradients accumulated; gives the loss of all of them.
+
+    ``model`` runs transformers' own SDPA attention.
+    """
+    noisy = sum(len(s.noisy) for s in samples)
+    clean = sum(len(s.clean) for s in samples)
     total = 0.0
     for s in samples:
         logits = (
-            model(input_ids=s.tokens, position_ids=s.forest.position_ids, use_cache=False, layout=s.forest)
+            model(input_ids=s.tokens, position_ids=s.positions, attention_mask=s.bias, use_cache=False)
             .logits[0]
             .float()
         )
-        probabilities = logits.log_softmax(-1)
-        teacher = probabilities[s.clean].detach()[s.mirrors]
-        consistency = (teacher.exp() * (teacher - probabilities[s.noisy])).sum() / noisy
+        teacher = logits.detach()[s.mirrors].log_softmax(-1)
+        consistency = (teacher.exp() * (teacher - logits[s.noisy].log_softmax(-1))).sum() / noisy
         loss = consistency + ar_weight * cross_entropy(logits[s.clean], s.targets, reduction="sum") / clean
         loss.backward()
         total += loss.item()

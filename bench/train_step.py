@@ -1,22 +1,68 @@
 """``python -m bench.train_step``: forward and backward of one training step, ours against the published layout.
 
-Both sides train on the same samples and must report the same loss.
+Both sides train on the same samples, at the same positions, and must report the same loss.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import numpy as np
 import torch
 
 from bench import published, tiny_inputs
-from bench.measure import alternate, median, parser, ratio, report
+from bench.measure import (
+    alternate,
+    busy_clock,
+    in_fresh_process,
+    median,
+    parser,
+    peak_bytes,
+    ratio,
+    report,
+    use_threads,
+)
 from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.loss import forcing_loss
-from jf_cluster.jacobi.packing import collate
+from jf_cluster.jacobi.packing import collate, pack
 from jf_cluster.jacobi.responses import generate_responses
-from jf_cluster.jacobi.samples import Noise, build_sample
+from jf_cluster.jacobi.samples import Noise, Sample, build_sample
 from jf_cluster.jacobi.trajectories import trace
 from trajectory_store import Trajectory
+
+
+class Sides:
+    """Both sides over the same samples: forward and backward of all of them, gradients accumulated."""
+
+    def __init__(self, args: argparse.Namespace, samples: list[Sample]) -> None:
+        self.args, device = args, torch.device(args.device)
+        self.model = tiny_inputs.load(args.model, args.device)
+        bins = pack([s.length for s in samples], args.micro_batch_tokens)
+        self.packed = [collate([samples[i] for i in members]).to(device) for members in bins]
+        self.singles = [published.interleave(s, args.block_size, args.window, device) for s in samples]
+        self.noisy = sum(b.noisy_tokens for b in self.packed)
+        self.clean = sum(b.clean_tokens for b in self.packed)
+
+    def ours(self) -> float:
+        self.model.zero_grad(set_to_none=True)
+        total = 0.0
+        with branch_attention(self.model, self.args.attention):
+            for batch in self.packed:
+                sums = forcing_loss(self.model, batch)
+                loss = sums.consistency_sum / self.noisy + self.args.ar_weight * sums.ar_sum / self.clean
+                loss.backward()
+                total += loss.item()
+        return total
+
+    def theirs(self) -> float:
+        self.model.zero_grad(set_to_none=True)
+        return published.training_loss(self.model, self.singles, self.args.ar_weight)
+
+
+def peak_of(side: str, args: argparse.Namespace, samples: list[Sample]) -> int:
+    use_threads(args.threads)
+    sides = Sides(args, samples)
+    return peak_bytes(getattr(sides, side), args.device)
 
 
 def main() -> None:
@@ -25,16 +71,16 @@ def main() -> None:
     p.add_argument("--samples", type=int, default=16)
     p.add_argument("--block-size", type=int, default=16)
     p.add_argument("--window", type=int, default=4)
-    p.add_argument("--draws", type=int, default=1)
+    p.add_argument("--micro-batch-tokens", type=int, default=2560)
+    p.add_argument("--attention", default="auto", help="ours: auto, dense, sdpa, flex or flash")
     p.add_argument("--ar-weight", type=float, default=10.0)
     args = p.parse_args()
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    use_threads(args.threads)
     model = tiny_inputs.load(args.model, args.device)
     prompts, end = tiny_inputs.prompts(args.model, args.samples)
     responses = generate_responses(model, prompts, max_new_tokens=192, end_ids=[end])
     traces = trace(model, prompts, [r.tokens for r in responses], block_size=args.block_size, keys=range(len(prompts)))
-    noise = Noise(window=args.window, draws=args.draws)
+    noise = Noise(window=args.window)
     samples = [
         build_sample(
             Trajectory(str(i), p.astype(np.int32), r.tokens, r.finished, t.iterations, t.accepted, t.tails),
@@ -44,31 +90,31 @@ def main() -> None:
         )
         for i, (p, r, t) in enumerate(zip(prompts, responses, traces, strict=True))
     ]
-    packed, singles = collate(samples).to(device), [collate([s]).to(device) for s in samples]
-
-    def ours() -> float:
-        model.zero_grad(set_to_none=True)
-        with branch_attention(model):
-            loss = forcing_loss(model, packed).total(args.ar_weight)
-            loss.backward()
-        return loss.item()
-
-    def theirs() -> float:
-        model.zero_grad(set_to_none=True)
-        with branch_attention(model, "dense"):
-            return published.training_loss(model, singles, args.ar_weight)
-
-    losses = ours(), theirs()
-    seconds = alternate({"ours": ours, "published": theirs}, args.repeats, args.device)
+    sides = Sides(args, samples)
+    losses = sides.ours(), sides.theirs()
+    seconds = alternate(
+        {"ours": sides.ours, "published": sides.theirs}, args.repeats, args.device, busy_clock(args.device)
+    )
+    peaks = {side: in_fresh_process(peak_of, side, args, samples) for side in ("ours", "theirs")}
+    taught = sides.noisy + sides.clean
     figures = {
+        # The same samples, so the same taught tokens, in the time each side needs for them.
         "ratio_tokens_per_s_vs_published": ratio(seconds["published"], seconds["ours"]),
         "loss_ours": losses[0],
         "loss_published": losses[1],
-        "median_tokens_per_s_ours": packed.total_tokens / median(seconds["ours"]),
-        "median_tokens_per_s_published": packed.total_tokens / median(seconds["published"]),
-        "tokens": packed.total_tokens,
-        "noisy_positions": packed.noisy_tokens,
-        "clean_positions": packed.clean_tokens,
+        "median_taught_tokens_per_s_ours": taught / median(seconds["ours"]),
+        "median_taught_tokens_per_s_published": taught / median(seconds["published"]),
+        "median_s_ours": median(seconds["ours"]),
+        "median_s_published": median(seconds["published"]),
+        "ratio_peak_memory_vs_published": peaks["ours"] / peaks["theirs"],
+        "peak_mib_ours": peaks["ours"] / 2**20,
+        "peak_mib_published": peaks["theirs"] / 2**20,
+        "samples": len(samples),
+        "forward_tokens_ours": sum(b.total_tokens for b in sides.packed),
+        "forward_tokens_published": sum(s.tokens.numel() for s in sides.singles),
+        "micro_batches_ours": len(sides.packed),
+        "taught_noisy": sides.noisy,
+        "taught_clean": sides.clean,
     }
     report("training step: ours against the published layout", figures, args.json)
 

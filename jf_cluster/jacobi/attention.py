@@ -1,7 +1,7 @@
 """Attention over stems and branches: interchangeable exact backends behind transformers' attention interface.
 
-``dense`` is the oracle: one masked SDPA call over everything. ``sdpa`` computes the same in two calls without the
-masked-out work, stems causally and each branch over its gathered stem prefix and itself. ``flex`` is FlexAttention
+``dense`` is the oracle: one masked SDPA call over everything. ``sdpa`` computes the same without the masked-out work,
+stems causally and neighbouring branches together over their stem's prefix and themselves. ``flex`` is FlexAttention
 with a block mask; ``flash`` is flash-attn's variable-length kernel, where a branch's queries meet the gathered prefix
 followed by the branch, causal with bottom-right alignment, so that no custom kernel is needed.
 
@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from jf_cluster.jacobi.layout import CachedRows, Forest
+from jf_cluster.jacobi.tails import Tails, attend_tails
 
 Backend = Literal["auto", "dense", "sdpa", "flex", "flash"]
 Tensor = torch.Tensor
@@ -92,15 +93,28 @@ def _rows(flat: Tensor, index: Tensor) -> Tensor:
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float) -> Tensor:
-    q, k, v = query[0], key[0], value[0]
-    stems = forest.stem_rows
-    outs = [_attend(_rows(q, stems), _rows(k, stems), _rows(v, stems), None, scaling, causal=True)]
-    if forest.branches:
-        queries, keys, mask = forest.branch_rows
-        outs.append(_attend(_rows(q, queries), _rows(k, keys), _rows(v, keys), mask, scaling))
-    # [rows, H, width, D] -> [H, rows * width, D], stems and branches one after the other, then flat order.
-    joined = torch.cat([o.transpose(0, 1).flatten(1, 2) for o in outs], dim=1)
-    return joined.index_select(1, forest.restore)
+    """One causal call a stem and one call a group of its branches, over slices: nothing is padded or gathered.
+
+    Measured on CPU, forward and backward at 2,400 tokens of 12 samples: 20 ms a layer, where one padded call over
+    gathered prefixes took 27 ms and a dense mask over everything 131 ms.
+    """
+    groups = forest.branch_groups
+    sizes = [*forest.stem_lengths, *(g.tokens for g in groups)]
+    queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))
+    stems = len(forest.stem_lengths)
+    outs = [
+        _attend(q, k, v, None, scaling, causal=True)
+        for q, k, v in zip(queries[:stems], keys[:stems], values[:stems], strict=True)
+    ]
+    for q, k, v, group in zip(queries[stems:], keys[stems:], values[stems:], groups, strict=True):
+        prefix = slice(0, group.reach)
+        k = torch.cat([keys[group.stem][:, :, prefix], k], dim=2)
+        v = torch.cat([values[group.stem][:, :, prefix], v], dim=2)
+        # Heads that share a key-value head, one below the other, so that keys and values need not be repeated.
+        folded = q.reshape(1, k.shape[1], -1, q.shape[3])
+        bias = group.bias.to(q.dtype).repeat(folded.shape[2] // q.shape[2], 1)
+        outs.append(_attend(folded, k, v, bias, scaling).view(q.shape))
+    return torch.cat(outs, dim=2)[0]
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float) -> Tensor:
@@ -156,10 +170,15 @@ def _cached(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout
     values[layout.write_rows, :, layout.write_slots] = value.transpose(1, 2).flatten(0, 1)
     if layout.fill is not None:
         query = _rows(query[0], layout.fill)
-    count = query.shape[0]
-    out = _attend(
-        query, keys[:count, :, : layout.reach], values[:count, :, : layout.reach], layout.mask, scaling, layout.causal
-    )
+    count, heads, width, depth = query.shape
+    keys, values = keys[:count, :, : layout.reach], values[:count, :, : layout.reach]
+    if layout.causal or heads == keys.shape[1]:
+        out = _attend(query, keys, values, layout.bias, scaling, layout.causal)
+    else:
+        # Heads that share a key-value head, one below the other: the kernels are slow at a single query.
+        folded = query.reshape(count, keys.shape[1], -1, depth)
+        bias = layout.folded_bias(heads // keys.shape[1])
+        out = _attend(folded, keys, values, bias, scaling).view(count, heads, width, depth)
     out = out.transpose(1, 2)
     if layout.pick is not None:
         out = out.flatten(0, 1).index_select(0, layout.pick)[None]
@@ -177,12 +196,15 @@ def _interface(
         attention_mask: Tensor | None,
         *,
         scaling: float | None = None,
-        layout: Forest | CachedRows | None = None,
+        layout: Forest | CachedRows | Tails | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if isinstance(layout, CachedRows):
             return _cached(module, query, key, value, layout, scaling), None
+        if isinstance(layout, Tails):
+            layer: Any = module.layer_idx
+            return attend_tails(layer, query, key, value, layout, scaling), None
         if layout is None:
             raise ValueError("a model under branch_attention must be called with layout=")
         return backend(query, key, value, layout, scaling).transpose(0, 1)[None], None

@@ -26,6 +26,12 @@ class KeyValueCache:
     def slots(self) -> int:
         return self.keys[0].shape[2]
 
+    def part(self, rows: slice) -> KeyValueCache:
+        """These rows as a cache that shares its memory with this one."""
+        part = object.__new__(KeyValueCache)
+        part.keys, part.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        return part
+
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but these (int64 [kept]), in this order."""
         self.keys = [k.index_select(0, rows) for k in self.keys]

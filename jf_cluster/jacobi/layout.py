@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -45,9 +46,43 @@ class Branch:
     length: int
 
 
+GROUP_TOKENS = 64
+"""Query tokens from which on a group of branches is worth an attention call of its own."""
+
+
+@dataclass(frozen=True)
+class BranchGroup:
+    """Neighbouring branches of one stem that are attended to together, over the stem's prefix and themselves."""
+
+    stem: int
+    reach: int
+    """Stem positions the furthest of them sees."""
+    bias: torch.Tensor
+    """0 where a query sees a key, else minus infinity; float32 [w, reach + w]."""
+
+    @staticmethod
+    def of(branches: Sequence[Branch], device: torch.device) -> BranchGroup:
+        lengths = np.array([b.length for b in branches])
+        reach, width = max(b.start for b in branches), int(lengths.sum())
+        start = np.repeat([b.start for b in branches], lengths)[:, None]
+        own = reach + np.repeat(np.cumsum(lengths) - lengths, lengths)[:, None]
+        query, key = reach + np.arange(width)[:, None], np.arange(reach + width)
+        seen = visible(*(torch.from_numpy(a) for a in (np.zeros_like(start), start, own, query, key)))
+        bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        return BranchGroup(branches[0].stem, reach, bias.to(device))
+
+    @property
+    def tokens(self) -> int:
+        return self.bias.shape[0]
+
+
 @dataclass(frozen=True)
 class Forest:
-    """Stems and their branches as one flat sequence: all stems first, then all branches, without padding."""
+    """Stems and their branches as one flat sequence: all stems first, then all branches, without padding.
+
+    Raises:
+        ValueError: a branch that does not hang off its stem, or branches not in the order of their stems.
+    """
 
     stem_lengths: tuple[int, ...]
     branches: tuple[Branch, ...]
@@ -57,6 +92,8 @@ class Forest:
         for b in self.branches:
             if not 0 < b.start <= self.stem_lengths[b.stem] or b.length < 1:
                 raise ValueError(f"{b} does not hang off a stem of {self.stem_lengths[b.stem]} tokens")
+        if any(a.stem > b.stem for a, b in pairwise(self.branches)):
+            raise ValueError("branches must come in the order of their stems")
 
     def to(self, device: torch.device) -> Forest:
         return self if device == self.device else Forest(self.stem_lengths, self.branches, device)
@@ -104,31 +141,17 @@ class Forest:
         return visible(begin, end, own_begin, own_end, torch.arange(self.total_tokens, device=self.device))[None, None]
 
     @cached_property
-    def stem_rows(self) -> torch.Tensor:
-        """Flat index of every stem token, one padded row a stem, int64 [S, longest stem]; padding repeats index 0."""
-        return _padded(
-            [np.arange(a, b) for a, b in zip(self.stem_offsets[:-1], self.stem_offsets[1:], strict=True)]
-        ).to(self.device)
-
-    @cached_property
-    def branch_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and mask of the branches, one padded row a branch.
-
-        Returns:
-            queries: flat index, int64 [R, longest branch].
-            keys: flat index, int64 [R, longest stem prefix + longest branch].
-            mask: bool [R, 1, longest branch, longest stem prefix + longest branch].
-        """
-        own = [np.arange(a, b) for a, b in zip(self.branch_offsets[:-1], self.branch_offsets[1:], strict=True)]
-        stems = [self.stem_offsets[b.stem] + np.arange(b.start) for b in self.branches]
-        queries, prefix = _padded(own), _padded(stems)
-        starts = torch.tensor([b.start for b in self.branches])[:, None, None]
-        width, reach = queries.shape[1], prefix.shape[1]
-        q, k = torch.arange(width)[None, :, None], torch.arange(reach + width)[None, None, :]
-        # In a row's own numbering the stem prefix fills slots 0 … start and the branch slots reach …
-        mask = visible(torch.zeros_like(starts), starts, torch.full_like(starts, reach), reach + q, k)
-        device = self.device
-        return queries.to(device), torch.cat([prefix, queries], dim=1).to(device), mask[:, None].to(device)
+    def branch_groups(self) -> tuple[BranchGroup, ...]:
+        """Neighbouring branches of a stem in groups of about GROUP_TOKENS, in flat order."""
+        groups: list[BranchGroup] = []
+        open_group: list[Branch] = []
+        for index, b in enumerate(self.branches, start=1):
+            open_group.append(b)
+            full = sum(x.length for x in open_group) >= GROUP_TOKENS
+            if full or index == len(self.branches) or self.branches[index].stem != b.stem:
+                groups.append(BranchGroup.of(open_group, self.device))
+                open_group = []
+        return tuple(groups)
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -164,16 +187,6 @@ class Forest:
             max(map(len, gather)),
             torch.from_numpy(np.concatenate(gather)).to(self.device),
         )
-
-    @cached_property
-    def restore(self) -> torch.Tensor:
-        """For every flat token its index among the rows of ``stem_rows`` followed by those of ``branch_rows``; [T]."""
-        width = self.stem_rows.shape[1]
-        parts = [row * width + np.arange(n) for row, n in enumerate(self.stem_lengths)]
-        if self.branches:
-            base, width = self.stem_rows.numel(), self.branch_rows[0].shape[1]
-            parts += [base + row * width + np.arange(b.length) for row, b in enumerate(self.branches)]
-        return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -212,10 +225,19 @@ class CachedRows:
     causal: bool = False
     """The queries are whole stems from slot 0 on; ``mask`` is then None."""
 
+    @cached_property
+    def bias(self) -> torch.Tensor | None:
+        """The mask as what is added to scores; made once, where SDPA on CPU would make it in every layer."""
+        if self.mask is None:
+            return None
+        dtype = self.cache.keys[0].dtype
+        return torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device).masked_fill_(~self.mask, -torch.inf)
 
-def _padded(rows: Sequence[IntArray]) -> torch.Tensor:
-    """Stack ragged index rows into int64 [rows, longest], padded with 0."""
-    out = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
-    for row, values in zip(out, rows, strict=True):
-        row[: len(values)] = values
-    return torch.from_numpy(out)
+    def folded_bias(self, times: int) -> torch.Tensor | None:
+        """``bias`` so many times below itself, [B, 1, times * Q, reach]."""
+        if self.bias is None:
+            return None
+        kept: dict[int, torch.Tensor] = self.__dict__.setdefault("_folded", {})
+        if times not in kept:
+            kept[times] = self.bias.repeat(1, 1, times, 1)
+        return kept[times]

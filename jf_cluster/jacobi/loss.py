@@ -96,9 +96,10 @@ def _chunk_sums(
     buckets: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(ar sum, consistency sum by bucket, agreements)`` of one chunk of hidden states, [C, width] and [N, width]."""
-    clean_logits = head(clean).float()
+    # One application of the head: the gradient of its weight is as large as the weight, and so exists once a chunk.
+    logits = head(torch.cat([clean, noisy])).float()
+    clean_logits, noisy_logits = torch.split(logits, [len(clean), len(noisy)])
     ar = cross_entropy(clean_logits, targets, reduction="sum")
-    noisy_logits = head(noisy).float()
     teacher = clean_logits.detach().log_softmax(-1).index_select(0, mirrors)
     divergence = (teacher.exp() * (teacher - noisy_logits.log_softmax(-1))).sum(-1)
     by_bucket = torch.zeros(RATIO_BUCKETS, device=divergence.device).index_add(0, buckets, divergence)

@@ -16,28 +16,18 @@ RATIO_BUCKETS = 4
 """Metrics tell noisy tokens apart by noise ratio in this many equal steps from 0 to 1."""
 
 
-class SampleTooLongError(ValueError):
-    """A sample that does not fit the token budget; samples are never cut."""
-
-
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Pack samples into as few micro-batches as best fit, longest first, finds.
 
+    Samples are never cut: one longer than the budget has a micro-batch to itself.
+
     Returns:
         Sample indices of each micro-batch, ascending; micro-batches in the order of their first sample.
-
-    Raises:
-        SampleTooLongError: a sample longer than the budget.
     """
     room: list[tuple[int, int]] = []  # (tokens left, micro-batch), sorted
     bins: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
-        if length > budget:
-            raise SampleTooLongError(
-                f"a sample of {length} tokens does not fit train.micro_batch_tokens={budget}: "
-                f"raise it to at least {length}"
-            )
         at = bisect.bisect_left(room, (length, -1))
         if at == len(room):
             bins.append([index])

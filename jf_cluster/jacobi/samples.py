@@ -8,6 +8,7 @@ it ends with the last token that has something to teach.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,49 +79,64 @@ def build_sample(trajectory: Trajectory, block_size: int, noise: Noise, rng: np.
     from the second draw on, so that a block is met at different noise ratios.
     """
     stem = np.concatenate([trajectory.prompt, trajectory.response]).astype(np.int64)
-    lengths = trajectory.block_lengths(block_size)
-    prefixes = _accepted_by_block(trajectory)
-    branches = []
+    branches = (_branch(trajectory, block_size, w) for w in _windows(trajectory, block_size, noise, rng))
+    return Sample(len(trajectory.prompt), stem, tuple(branches))
+
+
+def sample_length(trajectory: Trajectory, block_size: int, noise: Noise, rng: np.random.Generator) -> int:
+    """Length of the sample ``build_sample`` draws from the same ``rng`` state, without building it."""
+    noisy = sum(w.end - w.begin for w in _windows(trajectory, block_size, noise, rng))
+    return len(trajectory.prompt) + len(trajectory.response) + noisy
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What a branch shows: which iterate of which blocks, cut to the response positions ``begin`` … ``end - 1``."""
+
+    blocks: range
+    iterates: IntArray
+    """Number of the iterate shown of each block."""
+    accepted: IntArray
+    """Its accepted prefix."""
+    lengths: IntArray
+    begin: int
+    end: int
+
+
+def _windows(trajectory: Trajectory, block_size: int, noise: Noise, rng: np.random.Generator) -> Iterator[_Window]:
+    """Choose the iterates of every window of every draw; windows with nothing to teach are left out."""
+    lengths = trajectory.block_lengths(block_size).astype(np.int64)
+    prefixes = np.split(trajectory.accepted.astype(np.int64), np.cumsum(trajectory.iterations, dtype=np.int64)[:-1])
+    width = noise.window or max(len(lengths), 1)
+    # Nothing follows the response's last token, so there is nothing to predict from it.
+    last = len(trajectory.response) - 1
     for draw in range(noise.draws):
-        width = noise.window or max(len(lengths), 1)
         shift = int(rng.integers(width)) if draw else 0
         for first in range(-shift, len(lengths), width):
             targets = noise.targets(width, rng)
             blocks = range(max(first, 0), min(first + width, len(lengths)))
-            branch = _branch(trajectory, block_size, blocks, targets[blocks.start - first :], lengths, prefixes)
-            if branch is not None:
-                branches.append(branch)
-    return Sample(len(trajectory.prompt), stem, tuple(branches))
+            iterates, accepted = np.zeros(len(blocks), np.int64), np.zeros(len(blocks), np.int64)
+            for i, block in enumerate(blocks):
+                known = np.append(prefixes[block], lengths[block])
+                target = targets[block - first]
+                iterates[i] = np.abs(1 - known / lengths[block] - target).argmin()
+                accepted[i] = known[iterates[i]]
+            starts = np.array(blocks, dtype=np.int64) * block_size
+            begins, ends = starts + accepted, np.minimum(starts + lengths[blocks.start : blocks.stop], last)
+            teaching = np.flatnonzero(begins < ends)
+            if teaching.size:
+                begin, end = int(begins[teaching[0]]), int(ends[teaching[-1]])
+                yield _Window(blocks, iterates, accepted, lengths[blocks.start : blocks.stop], begin, end)
 
 
-def _accepted_by_block(trajectory: Trajectory) -> list[IntArray]:
-    ends: IntArray = np.cumsum(trajectory.iterations, dtype=np.int64)[:-1]
-    return np.split(trajectory.accepted.astype(np.int64), ends)
-
-
-def _branch(
-    trajectory: Trajectory,
-    block_size: int,
-    blocks: range,
-    targets: FloatArray,
-    lengths: NDArray[np.int32],
-    prefixes: list[IntArray],
-) -> NoisyBranch | None:
+def _branch(trajectory: Trajectory, block_size: int, window: _Window) -> NoisyBranch:
     tokens, taught, ratios = [], [], []
-    for block, target in zip(blocks, targets, strict=False):
-        length = int(lengths[block])
-        accepted = np.append(prefixes[block], length)
-        nearest = int(np.abs(1 - accepted / length - target).argmin())
-        tokens.append(trajectory.iterate(block, nearest, block_size).astype(np.int64))
-        taught.append(np.arange(length) >= accepted[nearest])
-        ratios.append(np.full(length, 1 - accepted[nearest] / length))
-    token, teach, ratio = np.concatenate(tokens), np.concatenate(taught), np.concatenate(ratios)
-    begin = blocks.start * block_size
-    if begin + len(token) == len(trajectory.response):
-        # Nothing follows the response's last token, so there is nothing to predict from it.
-        token, teach, ratio = token[:-1], teach[:-1], ratio[:-1]
-    places = np.flatnonzero(teach)
-    if not places.size:
-        return None
-    cut = slice(int(places[0]), int(places[-1]) + 1)
-    return NoisyBranch(len(trajectory.prompt) + begin + cut.start, token[cut], teach[cut], ratio[cut])
+    shown = zip(window.blocks, window.iterates.tolist(), window.accepted.tolist(), window.lengths.tolist(), strict=True)
+    for block, iterate, accepted, length in shown:
+        tokens.append(trajectory.iterate(block, iterate, block_size).astype(np.int64))
+        taught.append(np.arange(length) >= accepted)
+        ratios.append(np.full(length, 1 - accepted / length))
+    origin = window.blocks.start * block_size
+    cut = slice(window.begin - origin, window.end - origin)
+    start = len(trajectory.prompt) + window.begin
+    return NoisyBranch(start, np.concatenate(tokens)[cut], np.concatenate(taught)[cut], np.concatenate(ratios)[cut])

@@ -1,8 +1,9 @@
 """Jacobi trajectories of whole responses: every block of every response iterates at the same time.
 
 A block's trajectory depends only on the clean prefix before it and on its initial guess, so the responses are run
-through the model once to fill a key-value cache, and then each forward pass carries the unconverged tails of all
-blocks as branches off it: at most n forwards for a batch of responses instead of one sequence of forwards a block.
+through the model once to fill a key-value cache, and then each iteration forwards the unconverged tails of all blocks
+as branches off it (``tails.py``): at most n iterations for a batch of responses instead of one sequence of forwards a
+block.
 ``oracle.py`` holds the plain block-after-block form of the same algorithm.
 
 The response is authoritative: whoever wrote it, an iterate's accepted prefix is judged against it and the token after
@@ -21,10 +22,14 @@ from transformers import PreTrainedModel
 
 from jf_cluster.jacobi.attention import Backend, branch_attention
 from jf_cluster.jacobi.cache import KeyValueCache
-from jf_cluster.jacobi.layout import CachedRows, visible
+from jf_cluster.jacobi.layout import CachedRows
 from jf_cluster.jacobi.sampling import GREEDY, IntArray, Sampling, initial_guess
+from jf_cluster.jacobi.tails import Tails, lay_out
 
 Int32Array = NDArray[np.int32]
+
+WAVE_TOKENS = 16384
+"""Tokens of clean streams whose keys and values are held at once (more where a forward pass holds more)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def trace(
     *,
     block_size: int,
     keys: Sequence[int],
-    forward_tokens: int = 8192,
+    forward_tokens: int = 2048,
     sampling: Sampling = GREEDY,
     backend: Backend = "auto",
 ) -> list[Trace]:
@@ -60,15 +65,27 @@ def trace(
         responses: token ids the trajectories lead to, int [T] each, the end token included; may be empty.
         block_size: n; the last block of a response holds what is left.
         keys: a ``prompt_key`` for each prompt.
-        forward_tokens: most tokens in one forward pass (a single longer response still goes in one).
+        forward_tokens: most tokens in one forward pass (a longer stream, or a larger block, still goes in one).
+            Beyond a few thousand more is not faster on CPU: activations should stay in the processor's cache.
 
     Returns:
         One trace a response, in order.
     """
     results: dict[int, Trace] = {}
     with branch_attention(model, backend):
-        for members in _groups([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], forward_tokens):
-            wave = _Wave(model, [prompts[i] for i in members], [responses[i] for i in members], block_size, sampling)
+        for members in _groups(
+            [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], max(forward_tokens, WAVE_TOKENS)
+        ):
+            # The most blocks first: then the rows that have a j-th block are the first ones for every j.
+            members = sorted(members, key=lambda i: -len(responses[i]))
+            wave = _Wave(
+                model,
+                [prompts[i] for i in members],
+                [responses[i] for i in members],
+                block_size,
+                sampling,
+                forward_tokens,
+            )
             for member, result in zip(members, wave.run([keys[i] for i in members]), strict=True):
                 results[member] = result
     return [results[i] for i in range(len(prompts))]
@@ -87,7 +104,10 @@ def _groups(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 class _Wave:
-    """One group of responses: its cache and the state of its blocks, as arrays over all ``N`` blocks."""
+    """One group of responses: its cache and the state of its blocks, as arrays over all ``N`` blocks.
+
+    Blocks are numbered by column from the last to the first: all rows' last possible block, …, all rows' first.
+    """
 
     def __init__(
         self,
@@ -96,14 +116,17 @@ class _Wave:
         responses: Sequence[IntArray],
         block_size: int,
         sampling: Sampling,
+        forward_tokens: int,
     ) -> None:
-        self.model, self.sampling, self.n = model, sampling, block_size
+        self.model, self.sampling, self.n, self.forward_tokens = model, sampling, block_size, forward_tokens
         self.prompts = [np.asarray(p, dtype=np.int64) for p in prompts]
         self.responses = [np.asarray(r, dtype=np.int64) for r in responses]
         self.stem = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
-        counts = [-(-len(r) // block_size) for r in self.responses]
-        self.row = np.repeat(np.arange(len(counts)), counts)
-        self.start = np.concatenate([np.arange(c) * block_size for c in counts] or [np.zeros(0, int)]).astype(np.int64)
+        counts = np.array([-(-len(r) // block_size) for r in self.responses])
+        columns = range(int(counts.max(initial=0)) - 1, -1, -1)
+        self.row = np.concatenate([np.zeros(0, np.int64), *(np.flatnonzero(counts > j) for j in columns)])
+        self.column = np.repeat(list(columns), [int((counts > j).sum()) for j in columns]).astype(np.int64)
+        self.start = self.column * block_size
         response_length = np.array([len(r) for r in self.responses], dtype=np.int64)[self.row]
         self.length = np.minimum(block_size, response_length - self.start)
         self.prompt_length = np.array([len(p) for p in self.prompts])[self.row]
@@ -119,11 +142,11 @@ class _Wave:
         prefix = self._accepted(content)
         step = 0
         while (active := np.flatnonzero(prefix < self.length)).size:
-            inside = np.arange(self.n)[None, :] < self.length[active, None]
             blocks.append(active)
             steps.append(np.full(len(active), step))
             accepted.append(prefix[active])
-            tails += [c[p:e] for c, p, e in zip(content[active], prefix[active], inside.sum(1), strict=True)]
+            ends = self.length[active]
+            tails += [c[p:e] for c, p, e in zip(content[active], prefix[active], ends, strict=True)]
             content = self._iterate(content, prefix, active)
             prefix = self._accepted(content)
             step += 1
@@ -139,7 +162,7 @@ class _Wave:
     ) -> list[Trace]:
         block, step = (np.concatenate(x) if x else np.zeros(0, np.int64) for x in (blocks, steps))
         prefix = np.concatenate(accepted) if accepted else np.zeros(0, np.int64)
-        order = np.lexsort((step, block))
+        order = np.lexsort((step, self.column[block]))
         rows = self.row[block[order]]
         iterations = np.bincount(block, minlength=len(self.row))
         out = []
@@ -148,7 +171,7 @@ class _Wave:
             tail = np.concatenate([tails[i] for i in mine]) if mine.size else np.zeros(0, np.int64)
             out.append(
                 Trace(
-                    iterations[self.row == row].astype(np.int32),
+                    iterations[self.row == row][::-1].astype(np.int32),
                     prefix[mine].astype(np.int32),
                     tail.astype(np.int32),
                     int(disagreements[row]),
@@ -158,9 +181,9 @@ class _Wave:
 
     def _guesses(self) -> IntArray:
         content = self.fixed.copy()
-        for block, (row, start, length) in enumerate(zip(self.row, self.start, self.length, strict=True)):
-            context = np.concatenate([self.prompts[row], self.responses[row][:start]])
-            guess = initial_guess(int(self.keys[row]), int(start) // self.n, context, self.n)
+        for block, (row, column, length) in enumerate(zip(self.row, self.column, self.length, strict=True)):
+            context = np.concatenate([self.prompts[row], self.responses[row][: column * self.n]])
+            guess = initial_guess(int(self.keys[row]), int(column), context, self.n)
             # The first token is known from the prefix.
             content[block, 1:length] = guess[1:length]
         return content
@@ -174,26 +197,44 @@ class _Wave:
 
     def _fill_cache(self) -> IntArray:
         """Run the clean streams through the model once; count response tokens that are not its own choice, [S]."""
-        model, device = self.model, self.model.device
-        scratch = max((int(self.length[self.row == r].sum()) for r in range(len(self.stem))), default=0)
+        model = self.model
         self.cache = KeyValueCache(
-            model.config, len(self.stem), int(self.stem.max()) + scratch, dtype=model.dtype, device=device
+            model.config, len(self.stem), int(self.stem.max()), dtype=model.dtype, device=model.device
         )
-        tokens = np.concatenate([np.concatenate(pair) for pair in zip(self.prompts, self.responses, strict=True)])
-        row = np.repeat(np.arange(len(self.stem)), self.stem)
-        slot = np.concatenate([np.arange(n) for n in self.stem])
-        offset = np.concatenate([[0], np.cumsum(self.stem)[:-1]])
+        counts = []
+        rows = max(1, self.forward_tokens // int(self.stem.max()))
+        for first in range(0, len(self.stem), rows):
+            counts.append(self._fill_rows(slice(first, min(first + rows, len(self.stem)))))
+        return np.concatenate(counts)
+
+    def _fill_rows(self, rows: slice) -> IntArray:
+        stem, prompts, responses = self.stem[rows], self.prompts[rows], self.responses[rows]
+        tokens = np.concatenate([np.concatenate(pair) for pair in zip(prompts, responses, strict=True)])
+        row = np.repeat(np.arange(len(stem)), stem)
+        slot = np.concatenate([np.arange(n) for n in stem])
+        offset = np.concatenate([[0], np.cumsum(stem)[:-1]])
         # The flat index whose logits choose each response token.
         before = np.concatenate(
-            [o + len(p) - 1 + np.arange(len(r)) for o, p, r in zip(offset, self.prompts, self.responses, strict=True)]
+            [o + len(p) - 1 + np.arange(len(r)) for o, p, r in zip(offset, prompts, responses, strict=True)]
         ).astype(np.int64)
-        logits = self._forward(tokens, row, slot, slot, None, before)
-        owner = row[before]
-        place = slot[before] + 1 - np.array([len(p) for p in self.prompts])[owner]
-        chosen = self._choose(logits, owner, place)
-        return np.bincount(owner, weights=chosen != np.concatenate(self.responses), minlength=len(self.stem)).astype(
-            int
+        width = int(stem.max())
+        fill = np.zeros((len(stem), width), dtype=np.int64)
+        fill[row, slot] = np.arange(len(row))
+        layout = CachedRows(
+            self.cache.part(rows),
+            self._tensor(row),
+            self._tensor(slot),
+            mask=None,
+            reach=width,
+            fill=self._tensor(fill),
+            pick=self._tensor(row * width + slot),
+            causal=True,
         )
+        logits = self._forward(tokens, slot, layout, before)
+        owner = row[before]
+        place = slot[before] + 1 - np.array([len(p) for p in prompts])[owner]
+        chosen = self._choose(logits, owner + rows.start, place)
+        return np.bincount(owner, weights=chosen != np.concatenate(responses), minlength=len(stem)).astype(int)
 
     def _iterate(self, content: IntArray, prefix: IntArray, active: IntArray) -> IntArray:
         """One Jacobi iteration of the active blocks: only tokens from the first divergence on are forwarded."""
@@ -203,72 +244,39 @@ class _Wave:
         # Forwarding place t chooses place t + 1; the one at `prefix` was just taken from the response, but what the
         # old iterate held there is what the later places are conditioned on.
         chosen = (places >= prefix[active, None]) & (places < self.length[active, None] - 1)
-        which, place = np.nonzero(chosen)
-        if not which.size:
-            return content
-        block = active[which]
-        first = np.concatenate([[True], block[1:] != block[:-1]])
-        branch = np.cumsum(first) - 1
-        row = self.row[block]
-        rank = np.arange(len(block)) - np.searchsorted(row, row)
-        slot = self.stem[row] + rank
-        logits = self._forward(
-            old[block, place],
-            row,
-            slot,
-            (self.prompt_length + self.start)[block] + place,
-            ((self.prompt_length + self.start + prefix)[block], slot[first][branch]),
-            None,
-        )
-        content[block, place + 1] = self._choose(logits, row, self.start[block] + place + 1)
+        # Whole blocks of about `forward_tokens` together: a forward that stays in the processor's cache is faster.
+        parts = np.cumsum(chosen.sum(1)) // self.forward_tokens
+        for part in np.split(np.arange(len(active)), np.flatnonzero(np.diff(parts)) + 1):
+            which, place = np.nonzero(chosen[part])
+            if not which.size:
+                continue
+            block = active[part][which]
+            slot = (self.prompt_length + self.start)[block] + place
+            heads = self.model.config.num_attention_heads // self.model.config.num_key_value_heads
+            layout, order = lay_out(self.cache, self.column[block], self.row[block], slot, block, heads)
+            block, place = block[order], place[order]
+            logits = self._forward(old[block, place], slot[order], layout, None)
+            content[block, place + 1] = self._choose(logits, self.row[block], self.start[block] + place + 1)
         return content
 
     def _forward(
-        self,
-        tokens: IntArray,
-        row: IntArray,
-        slot: IntArray,
-        position: IntArray,
-        branch: tuple[IntArray, IntArray] | None,
-        keep: IntArray | None,
+        self, tokens: IntArray, position: IntArray, layout: CachedRows | Tails, keep: IntArray | None
     ) -> torch.Tensor:
-        """Forward flat tokens (sorted by row) over the cache; logits [kept, V]."""
-        device = self.model.device
-        count = np.bincount(row, minlength=len(self.stem))
-        rank = np.arange(len(row)) - np.searchsorted(row, row)
-        width = int(count.max())
-        fill = np.zeros((len(self.stem), width), dtype=np.int64)
-        fill[row, rank] = np.arange(len(row))
-        reach = int(slot.max()) + 1
-        mask = None
-        if branch is not None:
-            stem_end, own_begin = (np.zeros_like(fill) for _ in range(2))
-            own_end = np.zeros_like(fill)  # Padding sees slot 0 alone: a softmax over nothing is not a number.
-            stem_end[row, rank], own_begin[row, rank], own_end[row, rank] = branch[0], branch[1], slot
-            end, own, last = (torch.from_numpy(a).to(device)[:, :, None] for a in (stem_end, own_begin, own_end))
-            mask = visible(torch.zeros_like(end), end, own, last, torch.arange(reach, device=device))[:, None]
-        layout = CachedRows(
-            self.cache,
-            torch.from_numpy(row).to(device),
-            torch.from_numpy(slot).to(device),
-            mask=mask,
-            reach=reach,
-            fill=torch.from_numpy(fill).to(device),
-            pick=torch.from_numpy(row * width + rank).to(device),
-            causal=branch is None,
-        )
+        """Forward flat tokens over the cache; logits [kept, V]."""
         out = self.model(
-            input_ids=torch.from_numpy(tokens).to(device)[None],
-            position_ids=torch.from_numpy(position).to(device)[None],
+            input_ids=self._tensor(tokens)[None],
+            position_ids=self._tensor(position)[None],
             use_cache=False,
             layout=layout,
-            logits_to_keep=0 if keep is None else torch.from_numpy(keep).to(device),
+            logits_to_keep=0 if keep is None else self._tensor(keep),
         )
         logits: torch.Tensor = out.logits[0]
         return logits
 
     def _choose(self, logits: torch.Tensor, row: IntArray, place: IntArray) -> IntArray:
-        device = logits.device
-        keys, places = (torch.from_numpy(a).to(device) for a in (self.keys[row], place))
+        keys, places = self._tensor(self.keys[row]), self._tensor(place)
         chosen: IntArray = self.sampling.choose(logits, keys, places).cpu().numpy()
         return chosen
+
+    def _tensor(self, array: IntArray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)

@@ -18,25 +18,17 @@ from numpy.typing import NDArray
 
 from jf_cluster.config import Config
 from jf_cluster.jacobi.packing import PackedBatch, collate
-from jf_cluster.jacobi.samples import Noise, build_sample
+from jf_cluster.jacobi.samples import Noise, build_sample, sample_length
 from jf_cluster.train.plan import MicroBatch, TrainingPlan
 
 if TYPE_CHECKING:
-    from trajectory_store import TrajectoryReader
+    from trajectory_store import Trajectory, TrajectoryReader
 
 
 def sample_rng(seed: int, round_number: int, epoch: int, prompt_id: str) -> np.random.Generator:
     """Counter-based generator of one sample's draws in one epoch."""
     key = int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=8).digest(), "little")
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, round_number, epoch, key))))
-
-
-def length_bounds(reader: TrajectoryReader, draws: int) -> NDArray[np.int64]:
-    """Most tokens each row's sample can have, int64[N]: its clean stream and ``draws`` noisy copies of the response.
-
-    A bound, not the length: that depends on the draw, and the plan must be known before anything is drawn.
-    """
-    return reader.prompt_lengths + reader.response_lengths.astype(np.int64) * (1 + draws)
 
 
 class BatchSource:
@@ -47,13 +39,22 @@ class BatchSource:
         self._noise = Noise(**config.noise.model_dump())
         self._block_size = reader.manifest.provenance.block_size
 
+    def lengths(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Exact tokens of each row's sample in an epoch, int64[R]: what the plan packs by.
+
+        The draw is keyed, so it can be made ahead and only its length kept; the rows read for it stay in the reader's
+        cache for the batches built from them next.
+        """
+        return np.array([sample_length(*self._drawn_from(epoch, int(row))) for row in rows], dtype=np.int64)
+
+    def _drawn_from(self, epoch: int, row: int) -> tuple[Trajectory, int, Noise, np.random.Generator]:
+        trajectory = self._reader[row]
+        rng = sample_rng(self._seed, self._round, epoch, trajectory.prompt_id)
+        return trajectory, self._block_size, self._noise, rng
+
     def batch(self, micro_batch: MicroBatch) -> PackedBatch:
         """One packed batch on the device."""
-        samples = []
-        for row in micro_batch.rows:
-            trajectory = self._reader[row]
-            rng = sample_rng(self._seed, self._round, micro_batch.epoch, trajectory.prompt_id)
-            samples.append(build_sample(trajectory, self._block_size, self._noise, rng))
+        samples = [build_sample(*self._drawn_from(micro_batch.epoch, row)) for row in micro_batch.rows]
         return collate(samples).to(self._device)
 
     def steps(

@@ -138,7 +138,9 @@ class ForcingModule(nn.Module):
             deepspeed.zero.register_external_parameter(self, parameter)
 
     def forward(self, batch: PackedBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss to be minimised and, without gradient, the sums it is made of: float64[3].
+        """Loss to be minimised and, without gradient, the sums it is made of: float64[3 + RATIO_BUCKETS].
+
+        The sums are of consistency loss, next-token loss and agreements, then of consistency loss by noise ratio.
 
         Args:
             batch: one micro-batch.
@@ -149,7 +151,7 @@ class ForcingModule(nn.Module):
         result = forcing_loss(parts, batch, chunk_tokens=self.chunk_tokens)
         sums = torch.stack((result.consistency_sum, result.ar_sum))
         loss = (sums * weights.to(sums.dtype)).sum()
-        return loss, torch.cat((sums.detach(), result.agreements.reshape(1))).double()
+        return loss, torch.cat((sums.detach(), result.agreements.reshape(1), result.bucket_sums)).double()
 
 
 def leave_group() -> None:

@@ -3,12 +3,12 @@
 The plan is one endless sequence of micro-batches. Epoch after epoch, rows are taken in the store's global order,
 packed by token budget in windows of rows, and the micro-batches of a window are shuffled. Step ``s`` consumes
 micro-batches ``[s·G, (s+1)·G)``, whatever the world size; a rank takes every ``world_size``-th of them. So a position
-is one number, the step, and a run resumed on other ranks consumes the same samples. Reads no data, knows no model.
+is one number, the step, and a run resumed on other ranks consumes the same samples. Reads nothing but lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from jf_cluster.jacobi.packing import pack
 from trajectory_store import global_order
+
+Lengths = Callable[[int, NDArray[np.int64]], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class TrainingPlan:
     """The sequence of micro-batches of a round.
 
     Args:
-        lengths: int[N], an upper bound of each row's packed length in tokens.
+        count: N, rows of the round.
+        lengths: called with an epoch and rows, int[R], gives their samples' tokens, int[R]; a pure function, asked for
+            one window of rows at a time and only when the plan comes to it.
         seed: of the order; the same on every rank.
         token_budget: most tokens in one micro-batch; a longer sample has a micro-batch to itself.
         micro_batches_per_step: G, over all ranks.
@@ -39,15 +43,16 @@ class TrainingPlan:
 
     def __init__(
         self,
-        lengths: NDArray[np.integer],
+        count: int,
+        lengths: Lengths,
         seed: int,
         token_budget: int,
         micro_batches_per_step: int,
         window: int = 1024,
     ) -> None:
-        if len(lengths) == 0:
+        if count == 0:
             raise ValueError("a plan needs at least one sample")
-        self._lengths = np.asarray(lengths)
+        self._count, self._lengths = count, lengths
         self._seed, self._budget, self._per_step, self._window = seed, token_budget, micro_batches_per_step, window
         self._source = self._generate()
         self._drawn: list[MicroBatch] = []
@@ -77,12 +82,12 @@ class TrainingPlan:
         return self.step(step)[rank::world_size]
 
     def _generate(self) -> Iterator[MicroBatch]:
-        count, epoch = len(self._lengths), 0
+        count, epoch = self._count, 0
         while True:
             order = global_order(count, self._seed, epoch)
             for number, begin in enumerate(range(0, count, self._window)):
                 rows = order[begin : begin + self._window]
-                packed = pack([int(n) for n in self._lengths[rows]], self._budget)
+                packed = pack(self._lengths(epoch, rows).tolist(), self._budget)
                 # Packing sorts by length; without a shuffle every window would run from long samples to short ones.
                 mixed = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch, number))))
                 for k in mixed.permutation(len(packed)):

@@ -60,8 +60,13 @@ class _Follower:
 
 
 def _metrics(record: StepRecord) -> dict[str, float]:
-    values = {f"train/{name}": value for name, value in asdict(record).items() if name != "step"}
-    return {**values, "train/tokens_per_s": record.tokens / record.seconds}
+    values = {f"train/{k}": v for k, v in asdict(record).items() if k not in ("step", "consistency_by_ratio")}
+    buckets = len(record.consistency_by_ratio)
+    for bucket, value in enumerate(record.consistency_by_ratio):
+        if value is not None:
+            values[f"train/consistency_to_ratio_{(bucket + 1) / buckets:.2f}"] = value
+    padding = max(0.0, 1 - record.fill)  # a sample longer than the budget fills more than all of it
+    return {**values, "train/padding": padding, "train/tokens_per_s": record.tokens / record.seconds}
 
 
 @contextmanager

@@ -28,6 +28,13 @@ class StepRecord:
     fill: float
     seconds: float
     epoch: int
+    consistency_by_ratio: tuple[float | None, ...] = ()
+    """By noise ratio of the block, in equal steps from 0 to 1; None where a step had no such token."""
+    peak_memory_bytes: int = 0
+    """Of rank 0 since it started."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "consistency_by_ratio", tuple(self.consistency_by_ratio))  # JSON has lists only
 
 
 class StepsLog:

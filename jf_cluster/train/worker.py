@@ -105,16 +105,17 @@ def _steps(job: RankJob, config: Config, group: Group, ranks: DeepSpeedEngine, d
     import torch
 
     from jf_cluster.train import checkpoints
-    from jf_cluster.train.batches import BatchSource, length_bounds
+    from jf_cluster.train.batches import BatchSource
     from jf_cluster.train.plan import TrainingPlan
-    from jf_cluster.train.step import train_step
+    from jf_cluster.train.step import peak_memory_bytes, train_step
     from trajectory_store import TrajectoryStore
 
     train = config.train
     reader = TrajectoryStore(config.store_url).round(job.round_number).reader()
-    bounds = length_bounds(reader, config.noise.draws)
-    plan = TrainingPlan(bounds, config.seed, train.micro_batch_tokens, train.micro_batches_per_step)
     source = BatchSource(reader, config, job.round_number, group.device)
+    plan = TrainingPlan(
+        len(reader), source.lengths, config.seed, train.micro_batch_tokens, train.micro_batches_per_step
+    )
     skipped = read_skipped(Path(job.skipped_steps))
     log = StepsLog(Path(job.steps_log), done) if group.rank == 0 else None
     begun = time.perf_counter()
@@ -148,6 +149,8 @@ def _steps(job: RankJob, config: Config, group: Group, ranks: DeepSpeedEngine, d
                         tokens=result.tokens,
                         fill=fill,
                         seconds=now - begun,
+                        consistency_by_ratio=result.consistency_by_ratio,
+                        peak_memory_bytes=peak_memory_bytes(group.device),
                     )
                 )
         if (step + 1) % train.checkpoint_every_steps == 0 or step + 1 == train.steps:

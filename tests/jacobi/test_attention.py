@@ -15,7 +15,10 @@ FORESTS = (
     Forest((10, 7, 12), (Branch(0, 3, 5), Branch(0, 10, 4), Branch(2, 6, 8), Branch(2, 1, 1))),
     Forest((9,), ()),
     Forest((1, 4), (Branch(0, 1, 6), Branch(1, 2, 3))),
+    Forest((60, 9), (*tuple(Branch(0, 5 + 7 * i, 23) for i in range(7)), Branch(1, 9, 2))),
 )
+
+IDS = ("three stems", "no branch", "short stems", "several groups")
 
 
 def run(
@@ -31,7 +34,7 @@ def run(
     return logits.detach()[0], gradient
 
 
-@pytest.mark.parametrize("forest", FORESTS, ids=["three stems", "no branch", "short stems"])
+@pytest.mark.parametrize("forest", FORESTS, ids=IDS)
 def test_the_oracle_equals_separate_forwards(model: PreTrainedModel, forest: Forest) -> None:
     tokens = torch.randint(0, VOCABULARY, (1, forest.total_tokens), generator=torch.Generator().manual_seed(1))
     logits, _ = run(model, forest, tokens, "dense")
@@ -47,7 +50,7 @@ def test_the_oracle_equals_separate_forwards(model: PreTrainedModel, forest: For
         offset += branch.length
 
 
-@pytest.mark.parametrize("forest", FORESTS, ids=["three stems", "no branch", "short stems"])
+@pytest.mark.parametrize("forest", FORESTS, ids=IDS)
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_backends_equal_the_oracle(model: PreTrainedModel, backend: str, forest: Forest) -> None:
@@ -70,6 +73,8 @@ def test_the_models_own_attention_is_back_afterwards(qwen2: PreTrainedModel) -> 
 def test_a_branch_must_hang_off_its_stem() -> None:
     with pytest.raises(ValueError, match="does not hang off"):
         Forest((4,), (Branch(0, 5, 1),))
+    with pytest.raises(ValueError, match="order of their stems"):
+        Forest((4, 4), (Branch(1, 2, 1), Branch(0, 2, 1)))
 
 
 def test_sliding_window_models_are_refused() -> None:

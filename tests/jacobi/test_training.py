@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.loss import forcing_loss
-from jf_cluster.jacobi.packing import SampleTooLongError, collate, pack
-from jf_cluster.jacobi.samples import Noise, Sample, build_sample
+from jf_cluster.jacobi.packing import collate, pack
+from jf_cluster.jacobi.samples import Noise, Sample, build_sample, sample_length
 from jf_cluster.jacobi.trajectories import trace
 from trajectory_store import Trajectory
 
@@ -154,6 +154,12 @@ def test_packing_cuts_no_sample_and_wastes_little() -> None:
     assert bins == pack(lengths, 4096)
 
 
-def test_a_sample_over_budget_is_refused() -> None:
-    with pytest.raises(SampleTooLongError, match=r"5000 tokens.*micro_batch_tokens=4096.*at least 5000"):
-        pack([10, 5000], 4096)
+def test_a_sample_over_the_budget_has_a_micro_batch_to_itself() -> None:
+    assert pack([10, 5000, 20], 4096) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("noise", [Noise(window=1), Noise("random", window=2, draws=3), Noise(window=0)], ids=str)
+def test_a_samples_length_is_known_before_it_is_built(trajectories: list[Trajectory], noise: Noise) -> None:
+    built = [s.length for s in samples(trajectories, noise)]
+    ahead = [sample_length(t, BLOCK, noise, np.random.default_rng(5 + i)) for i, t in enumerate(trajectories)]
+    assert ahead == built

@@ -1,0 +1,178 @@
+"""``python -m bench.ablate``: what each choice of the recipe is worth on the tiny model, as a table in the docs.
+
+Every cell (a recipe and a seed) trains the base model through its rounds in one process and leaves a JSON file, so an
+interrupted ablation goes on where it stopped; ``--only`` and several processes on one directory share the cells. The
+table is made from whatever cells are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from bench import tiny_inputs
+from bench.ablation import Effort, Outcome, Recipe, evaluate_base, run_cell
+from bench.measure import use_threads
+
+DEFAULT = Recipe()
+VARIANTS: dict[str, dict[str, Recipe]] = {
+    "window, blocks": {
+        "1": DEFAULT,
+        **{str(w): replace(DEFAULT, window=w) for w in (2, 4, 16)},
+        "whole response": replace(DEFAULT, window=0),
+    },
+    "schedule (window 4)": {
+        s: replace(DEFAULT, window=4, schedule=s) for s in ("progressive", "reverse", "random", "constant")
+    },
+    "next-token weight": {f"{w:g}": replace(DEFAULT, ar_weight=w) for w in (2.0, 5.0, 10.0, 20.0)},
+    "block size by round": {
+        "16, 16": DEFAULT,
+        "8, 16": replace(DEFAULT, block_sizes=(8, 16)),
+        "16, 32": replace(DEFAULT, block_sizes=(16, 32)),
+        "32, 32": replace(DEFAULT, block_sizes=(32, 32)),
+    },
+    "trajectories": {"regenerated": DEFAULT, "reused": replace(DEFAULT, trajectories="reused")},
+    "responses": {w: replace(DEFAULT, responses=w) for w in ("base", "self", "verified")},
+}
+
+
+class DirectoryOfAnotherAblationError(ValueError):
+    """Cells made with another effort or model lie there; mixing them would make the table wrong."""
+
+
+def cell_name(recipe: Recipe, seed: int) -> str:
+    """File name of a cell: what differs from the default, and the seed."""
+    parts = [
+        f"{f.name}-{'_'.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for f in fields(recipe)
+        if (value := getattr(recipe, f.name)) != f.default
+    ]
+    return "+".join([*parts, f"seed-{seed}"]) if parts else f"default+seed-{seed}"
+
+
+def wanted(seeds: int) -> Iterator[tuple[Recipe, int]]:
+    """Every distinct cell, the first seed of all of them first."""
+    recipes = dict.fromkeys(recipe for variants in VARIANTS.values() for recipe in variants.values())
+    return ((recipe, seed) for seed in range(seeds) for recipe in recipes)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Appear whole or not at all: a cell cut by a kill is made again."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.rename(path)
+
+
+def read_outcome(path: Path) -> Outcome:
+    content = json.loads(path.read_text())["outcome"]
+    return Outcome(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+
+
+def open_directory(directory: Path, effort: Effort, model: str) -> Path:
+    """The cells' directory, with the effort they are made with noted in it.
+
+    Raises:
+        DirectoryOfAnotherAblationError: it was begun with another effort or model.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    note = directory / "effort.json"
+    mine = {**asdict(effort), "model": Path(model).name}
+    if not note.exists():
+        write_json(note, mine)
+    elif (there := json.loads(note.read_text())) != mine:
+        raise DirectoryOfAnotherAblationError(f"{directory} holds cells made with {there}, not {mine}: name another")
+    return directory
+
+
+def table(cells: Path, seeds: int, base: tuple[float, float], effort: Effort) -> str:
+    """The page of docs: one table a choice, means over the seeds that are there."""
+    lines = [
+        "# Ablation on the tiny model",
+        "",
+        f"Made by `python -m bench.ablate`. Each cell: {effort.prompts} fresh prompts and {effort.steps} steps of "
+        f"{effort.step_tokens} tokens a round, {len(DEFAULT.block_sizes)} rounds, learning rate "
+        f"{effort.learning_rate:g}; decoded block after block at n = {effort.decoding_block} on {effort.held_out} "
+        f"held-out problems. The base model has {base[0]:.2f} tokens per forward and {base[1]:.1%} right answers. "
+        f"*TPF gained per point* is what tokens per forward rose over the base for each percentage point of accuracy "
+        f"lost (at least half a point is counted: fewer cannot be told apart on {effort.held_out} problems). Ranges "
+        "are over seeds. The default is window 1, noise ratio from 0.25 to 1, next-token weight 10, n = 16, "
+        "regenerated trajectories, responses by the base.",
+        "",
+    ]
+    for choice, variants in VARIANTS.items():
+        lines += [
+            f"| {choice} | TPF | range | accuracy | consistency, nats | TPF gained per point | after round 1 | seeds |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, recipe in variants.items():
+            paths = (cells / f"{cell_name(recipe, seed)}.json" for seed in range(seeds))
+            found = [read_outcome(path) for path in paths if path.exists()]
+            mark = " (default)" if recipe == DEFAULT else ""
+            lines.append(f"| {name}{mark} | {_figures(found, base)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _figures(found: list[Outcome], base: tuple[float, float]) -> str:
+    if not found:
+        return "not run | | | | | | 0"
+    tpf, accuracy = mean(o.tpf for o in found), mean(o.accuracy for o in found)
+    lost = max(0.5, 100 * (base[1] - accuracy))
+    return " | ".join(
+        [
+            f"{tpf:.2f}",
+            f"{min(o.tpf for o in found):.2f} to {max(o.tpf for o in found):.2f}",
+            f"{accuracy:.1%}",
+            f"{mean(o.consistency for o in found):.2f}",
+            f"{(tpf - base[0]) / lost:.2f}",
+            f"{mean(o.tpf_by_round[0] for o in found):.2f}, {mean(o.accuracy_by_round[0] for o in found):.1%}",
+            str(len(found)),
+        ]
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--cells", type=Path, required=True, help="directory of the cells' JSON files")
+    p.add_argument("--table", type=Path, default=Path("docs/ablation.md"))
+    p.add_argument("--model", default=str(tiny_inputs.TINY))
+    p.add_argument("--seeds", type=int, default=2)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--only", help="run only cells whose name contains this")
+    p.add_argument("--at-most", type=int, help="run at most so many cells now")
+    for f in fields(Effort):
+        p.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default)
+    args = p.parse_args()
+    use_threads(args.threads)
+    effort = Effort(**{f.name: getattr(args, f.name) for f in fields(Effort)})
+    cells = open_directory(args.cells, effort, args.model)
+    model, tokenizer = tiny_inputs.load(args.model, "cpu"), AutoTokenizer.from_pretrained(args.model)
+    base_path = cells / "base.json"
+    if not base_path.exists():
+        tpf, accuracy = evaluate_base(model, tokenizer, effort)
+        write_json(base_path, {"tpf": tpf, "accuracy": accuracy})
+    base = json.loads(base_path.read_text())
+    ran = 0
+    for recipe, seed in wanted(args.seeds):
+        name = cell_name(recipe, seed)
+        path = cells / f"{name}.json"
+        if path.exists() or (args.only and args.only not in name) or ran == args.at_most:
+            continue
+        outcome = run_cell(model, tokenizer, recipe, effort, seed)
+        write_json(path, {"recipe": asdict(recipe), "seed": seed, "outcome": asdict(outcome)})
+        ran += 1
+        print(f"{name}: TPF {outcome.tpf:.2f}, accuracy {outcome.accuracy:.1%}, {outcome.cpu_s:.0f} s")
+    args.table.parent.mkdir(parents=True, exist_ok=True)
+    args.table.write_text(table(cells, args.seeds, (base["tpf"], base["accuracy"]), effort))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""One cell of the ablation: a recipe and a seed, from the base model through its rounds to speed and accuracy.
+
+The whole chain in one process and without a cluster: prompts, responses, trajectories, training, evaluation. What
+differs between cells is in ``Recipe``; everything else is the same for all.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from jf_cluster.jacobi.attention import branch_attention
+from jf_cluster.jacobi.decoding import generate
+from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
+from jf_cluster.jacobi.loss import forcing_loss
+from jf_cluster.jacobi.packing import PackedBatch, collate, pack
+from jf_cluster.jacobi.responses import Response, generate_responses
+from jf_cluster.jacobi.samples import Noise, build_sample
+from jf_cluster.jacobi.sampling import IntArray, prompt_key
+from jf_cluster.jacobi.trajectories import trace
+from jf_cluster.tiny.problems import Problem, parse_answer, problem
+from trajectory_store import Trajectory
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is ablated; the defaults are the cell all others are compared with."""
+
+    window: int = 1
+    schedule: Literal["progressive", "reverse", "random", "constant"] = "progressive"
+    t_min: float = 0.25
+    ar_weight: float = 10.0
+    block_sizes: tuple[int, ...] = (16, 16)
+    """Block size of each round; as many rounds as sizes."""
+    trajectories: Literal["regenerated", "reused"] = "regenerated"
+    """``reused``: the base model's trajectories in every round."""
+    responses: Literal["base", "self", "verified"] = "base"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much every cell gets: what makes it minutes on one core."""
+
+    prompts: int = 384
+    """Fresh prompts a round."""
+    steps: int = 75
+    """Optimizer steps a round."""
+    step_tokens: int = 2560
+    """Tokens of one step, one micro-batch."""
+    learning_rate: float = 1.5e-3
+    held_out: int = 128
+    max_new_tokens: int = 192
+    decoding_block: int = 16
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell shows."""
+
+    tpf: float
+    accuracy: float
+    consistency: float
+    """Mean over the last tenth of the steps, nats a token."""
+    tpf_by_round: tuple[float, ...]
+    accuracy_by_round: tuple[float, ...]
+    cpu_s: float
+
+
+def run_cell(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, effort: Effort, seed: int
+) -> Outcome:
+    """Train the base model by the recipe and measure it; ``base`` is left as it is."""
+    begun = time.process_time()
+    model = copy.deepcopy(base)
+    found, consistency = [], math.nan
+    for number, block_size in enumerate(recipe.block_sizes, start=1):
+        chosen = [problem("train", seed, number * 10_000_000 + i) for i in range(effort.prompts)]
+        keys = [prompt_key(seed, number, str(i)) for i in range(effort.prompts)]
+        prompts = [encode(tokenizer, p) for p in chosen]
+        responses = write_responses(base, model, tokenizer, chosen, prompts, recipe, effort)
+        tracer = base if recipe.trajectories == "reused" else model
+        traces = trace(tracer, prompts, [r.tokens for r in responses], block_size=block_size, keys=keys)
+        rows = [
+            Trajectory(str(i), p.astype(np.int32), r.tokens, r.finished, t.iterations, t.accepted, t.tails)
+            for i, (p, r, t) in enumerate(zip(prompts, responses, traces, strict=True))
+        ]
+        noise = Noise(recipe.schedule, recipe.t_min, 1.0, recipe.window)
+        consistency = train(model, rows, block_size, noise, recipe.ar_weight, effort, seed * 100 + number)
+        found.append(evaluate(model, tokenizer, effort))
+    speeds, accuracies = zip(*found, strict=True)
+    return Outcome(speeds[-1], accuracies[-1], consistency, speeds, accuracies, time.process_time() - begun)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, p: Problem) -> IntArray:
+    message = [{"role": "user", "content": p.question}]
+    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+
+
+def write_responses(
+    base: PreTrainedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    prompts: Sequence[IntArray],
+    recipe: Recipe,
+    effort: Effort,
+) -> list[Response]:
+    """The round's responses: the base's, the newest model's, or the newest model's where they are right."""
+    end = [tokenizer.eos_token_id]
+    writer = base if recipe.responses == "base" else model
+    responses = generate_responses(writer, prompts, max_new_tokens=effort.max_new_tokens, end_ids=end)
+    if recipe.responses == "verified":
+        wrong = [
+            i
+            for i, (p, r) in enumerate(zip(problems, responses, strict=True))
+            if parse_answer(tokenizer.decode(r.tokens.tolist(), skip_special_tokens=True)) != p.answer
+        ]
+        again = generate_responses(base, [prompts[i] for i in wrong], max_new_tokens=effort.max_new_tokens, end_ids=end)
+        for i, response in zip(wrong, again, strict=True):
+            responses[i] = response
+    return responses
+
+
+def train(
+    model: PreTrainedModel,
+    rows: Sequence[Trajectory],
+    block_size: int,
+    noise: Noise,
+    ar_weight: float,
+    effort: Effort,
+    seed: int,
+) -> float:
+    """Train in place; gives the consistency loss at the end."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=effort.learning_rate, weight_decay=0.0)
+    warmup = max(1, effort.steps // 10)
+    late = []
+    model.train()
+    with branch_attention(model):
+        for step, batch in zip(range(effort.steps), batches(rows, block_size, noise, effort, seed), strict=False):
+            part = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, effort.steps - warmup)))
+            optimizer.param_groups[0]["lr"] = effort.learning_rate * min(1.0, (step + 1) / warmup) * part
+            loss = forcing_loss(model, batch)
+            loss.total(ar_weight).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step >= effort.steps - max(1, effort.steps // 10):
+                late.append(loss.consistency_sum.item() / max(loss.consistency_tokens, 1))
+    model.eval()
+    return sum(late) / len(late)
+
+
+def batches(
+    rows: Sequence[Trajectory], block_size: int, noise: Noise, effort: Effort, seed: int
+) -> Iterator[PackedBatch]:
+    """Epoch after epoch in a shuffled order, every sample drawn anew."""
+    random = np.random.default_rng(seed)
+    while True:
+        samples = [build_sample(rows[i], block_size, noise, random) for i in random.permutation(len(rows))]
+        bins = pack([s.length for s in samples], effort.step_tokens)
+        for i in random.permutation(len(bins)):
+            yield collate([samples[j] for j in bins[i]])
+
+
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, effort: Effort) -> tuple[float, float]:
+    """``(TPF, accuracy)`` on held-out problems, decoded block after block; TPF over all of them together."""
+    drafting = Drafting("multiblock", effort.decoding_block, blocks=1, pool=0)
+    return _decode(model, tokenizer, effort, drafting)
+
+
+def evaluate_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, effort: Effort) -> tuple[float, float]:
+    """The same of the base model with the same drafts, and its accuracy; what gains and losses are measured from."""
+    speed, _ = evaluate(model, tokenizer, effort)
+    _, accuracy = _decode(model, tokenizer, effort, AUTOREGRESSIVE)
+    return speed, accuracy
+
+
+def _decode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, effort: Effort, drafting: Drafting
+) -> tuple[float, float]:
+    chosen = [problem("heldout", 0, i) for i in range(effort.held_out)]
+    written = generate(
+        model,
+        [encode(tokenizer, p).tolist() for p in chosen],
+        max_new_tokens=effort.max_new_tokens,
+        end_ids=[tokenizer.eos_token_id],
+        drafting=drafting,
+    )
+    right = sum(
+        parse_answer(tokenizer.decode(g.tokens, skip_special_tokens=True)) == p.answer
+        for g, p in zip(written, chosen, strict=True)
+    )
+    forwards = sum(g.forwards for g in written)
+    return sum(len(g.tokens) - 1 for g in written) / max(forwards, 1), right / len(chosen)
