@@ -6,3 +6,9 @@ Letters of the shape comments, used everywhere below this package: ``T`` tokens 
 ``R`` branches, ``B`` rows of a batch, ``Q`` query tokens of a row, ``K`` key slots, ``H`` query heads, ``G`` key-value
 heads, ``D`` head width, ``V`` vocabulary, ``n`` block size.
 """
+
+from jf_cluster.jacobi.decoding import Generation, generate, stream
+from jf_cluster.jacobi.drafts import Drafting
+from jf_cluster.jacobi.sampling import Sampling
+
+__all__ = ["Drafting", "Generation", "Sampling", "generate", "stream"]

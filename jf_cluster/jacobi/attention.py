@@ -11,6 +11,7 @@ A model is switched to this attention by ``branch_attention`` and then called wi
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def branch_attention(model: PreTrainedModel, backend: Backend = "auto") -> Itera
     if backend == "auto":
         backend = choose_backend(model.device)
     before = model.config._attn_implementation
-    model.set_attn_implementation(f"branches_{backend}")
+    model.set_attn_implementation(implementation(backend))
     try:
         yield model
     finally:
@@ -66,10 +67,13 @@ def check_model(model: PreTrainedModel) -> None:
         )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise UnsupportedModelError(f"{config.model_type} has layers of kind {sorted(kinds - {'full_attention'})}")
+        raise UnsupportedModelError(
+            f"{config.model_type} has layers of kind {', '.join(sorted(kinds - {'full_attention'}))}; Jacobi decoding "
+            "needs full attention over a key-value cache in every layer"
+        )
     if getattr(config, "num_key_value_heads", None) is None or not getattr(model, "_supports_attention_backend", True):
         raise UnsupportedModelError(
-            f"{config.model_type} does not use transformers' attention interface with a KV cache"
+            f"{config.model_type} does not use transformers' attention interface over a key-value cache"
         )
 
 
@@ -139,8 +143,8 @@ def _compiled_flex() -> Any:
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
+    # By name: transformers would demand flash-attn of whoever loads an exported model that imported it.
+    flash_attn_varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     stem_tokens = int(forest.stem_offsets[-1])
     stem, branch = forest.stem_sequences, forest.branch_sequences
@@ -165,14 +169,20 @@ def _cached(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout
     """Write the tokens' keys and values to the cache and attend over it; gives [B, Q, H, D] as the model sees them."""
     layer: Any = module.layer_idx
     keys, values = layout.cache.keys[layer], layout.cache.values[layer]
-    # [B, G, Q, D] -> [B * Q, G, D], one row a token.
-    keys[layout.write_rows, :, layout.write_slots] = key.transpose(1, 2).flatten(0, 1)
-    values[layout.write_rows, :, layout.write_slots] = value.transpose(1, 2).flatten(0, 1)
+    if layout.first_slot is not None:
+        rows = slice(layout.first_row, layout.first_row + key.shape[0])
+        slots = slice(layout.first_slot, layout.first_slot + key.shape[2])
+        keys[rows, :, slots], values[rows, :, slots] = key, value
+    else:
+        # [B, G, Q, D] -> [B * Q, G, D], one row a token.
+        keys[layout.write_rows, :, layout.write_slots] = key.transpose(1, 2).flatten(0, 1)
+        values[layout.write_rows, :, layout.write_slots] = value.transpose(1, 2).flatten(0, 1)
     if layout.fill is not None:
         query = _rows(query[0], layout.fill)
     count, heads, width, depth = query.shape
-    keys, values = keys[:count, :, : layout.reach], values[:count, :, : layout.reach]
-    if layout.causal or heads == keys.shape[1]:
+    rows = slice(layout.first_row, layout.first_row + count)
+    keys, values = keys[rows, :, : layout.reach], values[rows, :, : layout.reach]
+    if layout.causal or heads == keys.shape[1] or width > 1:
         out = _attend(query, keys, values, layout.bias, scaling, layout.causal)
     else:
         # Heads that share a key-value head, one below the other: the kernels are slow at a single query.
@@ -212,5 +222,20 @@ def _interface(
     return attention
 
 
-for _name, _backend in {"dense": _dense, "sdpa": _sdpa, "flex": _flex, "flash": _flash}.items():
-    AttentionInterface.register(f"branches_{_name}", _interface(_backend))
+def implementation(backend: Backend) -> str:
+    """Name under which transformers knows a backend.
+
+    It holds this module's own name, because an exported model carries a copy of the module: each copy recognises only
+    its own layouts.
+    """
+    return f"branches_{backend}_{__name__.replace('.', '_')}"
+
+
+_BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Forest, float], Tensor]] = {
+    "dense": _dense,
+    "sdpa": _sdpa,
+    "flex": _flex,
+    "flash": _flash,
+}
+for _name, _backend in _BACKENDS.items():
+    AttentionInterface.register(implementation(_name), _interface(_backend))

@@ -14,7 +14,12 @@ from typing import Literal
 
 import numpy as np
 
+from jf_cluster.jacobi.sampling import GREEDY, IntArray, Sampling
+from jf_cluster.jacobi.text import TextStream
+
 Mode = Literal["ar", "jacobi", "multiblock"]
+Reason = Literal["end", "stop", "length"]
+"""Why a response is over: an end token, a stop string, or ``max_new_tokens``."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class NgramPool:
         return list(self._runs.get(token, ()))
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One response being decoded."""
 
@@ -79,11 +84,22 @@ class Row:
     drafting: Drafting
     max_new_tokens: int
     end_ids: frozenset[int]
+    sampling: Sampling = GREEDY
+    text: TextStream | None = None
+    """Reads the response for stop strings; None where there are none."""
     tokens: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     candidates: list[tuple[int, ...]] = field(default_factory=list)
     accepted_runs: list[int] = field(default_factory=list)
-    finished: bool = False
+    """Tokens each forward added, the prefill's one first."""
+    forwarded_tokens: int = 0
+    """Tokens proposed to the model in all decode forwards, the last accepted one of each included."""
+    reason: Reason | None = None
+    prefill_seconds: float = 0.0
+    begun: float = 0.0
+    """``time.perf_counter()`` at the end of the prefill."""
+    elapsed: float = 0.0
+    """Seconds from then to the last token."""
 
     def __post_init__(self) -> None:
         self._context = np.array(self.prompt, dtype=np.int64)
@@ -93,7 +109,33 @@ class Row:
 
     @property
     def done(self) -> bool:
-        return self.finished or len(self.tokens) >= self.max_new_tokens
+        return self.reason is not None
+
+    @property
+    def last_slot(self) -> int:
+        """Cache slot, and position, of the last accepted token."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    @property
+    def proposed(self) -> list[int]:
+        """Tokens of the next forward: the last accepted one, the draft, then the candidates one after the other."""
+        return [self.tokens[-1], *self.draft, *(t for c in self.candidates for t in c)]
+
+    @property
+    def depths(self) -> IntArray:
+        """How far behind the last accepted token each proposed one would stand, int64 [len(proposed)]."""
+        return np.concatenate([np.arange(1 + len(self.draft)), *(np.arange(1, 1 + len(c)) for c in self.candidates)])
+
+    @property
+    def own_ranges(self) -> IntArray:
+        """For each proposed token where its stem ends and where its own branch begins, int64 [2, len(proposed)].
+
+        Both count from the last accepted token's slot. The draft is one branch with that token; a candidate's stem
+        ends behind that token, because its branch begins further away in the cache.
+        """
+        sizes = [1 + len(self.draft), *map(len, self.candidates)]
+        firsts = np.cumsum([0, *sizes[:-1]])
+        return np.repeat(np.stack([firsts > 0, firsts]).astype(np.int64), sizes, axis=1)
 
     def begin(self, first: int) -> None:
         """Take the token the prefill wrote and make the first draft."""
@@ -111,6 +153,7 @@ class Row:
             ``(run, candidate)``: how many proposed tokens became part of the response and which candidate they came
             from (None: the draft). One more token, the model's own, follows them.
         """
+        self.forwarded_tokens += len(written) + sum(map(len, candidates_written))
         run, rest, source = _match(self.draft, written), list(written), None
         for index, (candidate, after) in enumerate(zip(self.candidates, candidates_written, strict=True)):
             answers = [written[0], *after]
@@ -124,13 +167,19 @@ class Row:
         return run, source
 
     def _take(self, tokens: Sequence[int]) -> None:
-        room = self.max_new_tokens - len(self.tokens)
-        taken = list(tokens[:room])
+        taken = list(tokens[: self.max_new_tokens - len(self.tokens)])
+        reason: Reason | None = "length" if len(self.tokens) + len(taken) >= self.max_new_tokens else None
         for i, token in enumerate(taken):
             if token in self.end_ids:
-                taken, self.finished = taken[: i + 1], True
+                taken, reason = taken[: i + 1], "end"
                 break
+            if self.text is not None:
+                self.text.push(token)
+                if self.text.stopped is not None:
+                    taken, reason = taken[: i + 1], "stop"
+                    break
         self.tokens += taken
+        self.reason = reason  # after the tokens: a server's other thread looks at both
         self.accepted_runs.append(len(taken))
         accepted = len(taken)
         while self._blocks and accepted >= self._blocks[0]:

@@ -203,7 +203,7 @@ class Sequences:
 
 @dataclass(frozen=True)
 class CachedRows:
-    """Query tokens over stems that lie in a key-value cache: batch row b of the queries belongs to cache row b.
+    """Query tokens over stems that lie in a key-value cache: row b of the queries belongs to cache row first_row + b.
 
     The tokens' own keys and values are first written to the cache, then each query attends to what ``mask`` allows
     among the first ``reach`` slots. ``fill`` carries flat tokens to padded rows and ``pick`` brings them back; both are
@@ -211,12 +211,12 @@ class CachedRows:
     """
 
     cache: KeyValueCache
-    write_rows: torch.Tensor
-    """Cache row of every token the model computes on, int64 [T] (or [B * Q])."""
-    write_slots: torch.Tensor
+    write_rows: torch.Tensor | None
+    """Cache row of every token the model computes on, int64 [T] (or [B * Q]); None where ``first_slot`` says it all."""
+    write_slots: torch.Tensor | None
     """Cache slot of every such token, int64, same shape."""
     mask: torch.Tensor | None
-    """bool [B, 1, Q, reach]; None where every query sees all of it."""
+    """[B, 1, Q, reach], bool (True: sees) or in the queries' dtype (added); None where every query sees all of it."""
     reach: int
     fill: torch.Tensor | None = None
     """Flat index of each padded query, int64 [B, Q]."""
@@ -224,6 +224,9 @@ class CachedRows:
     """Index into the padded queries of each flat token, int64 [T]."""
     causal: bool = False
     """The queries are whole stems from slot 0 on; ``mask`` is then None."""
+    first_row: int = 0
+    first_slot: int | None = None
+    """Every row's queries fill the slots from this one on: written as one block instead of token by token."""
 
     @cached_property
     def bias(self) -> torch.Tensor | None:

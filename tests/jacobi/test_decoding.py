@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from jf_cluster.jacobi.attention import UnsupportedModelError
-from jf_cluster.jacobi.decoding import PromptError, generate
-from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting, NgramPool
+from jf_cluster.jacobi.attention import UnsupportedModelError, branch_attention
+from jf_cluster.jacobi.decoding import PromptError, generate, stream
+from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting, NgramPool, Row
+from jf_cluster.jacobi.engine import Batch
+from jf_cluster.jacobi.oracle import autoregressive
 from jf_cluster.jacobi.sampling import GREEDY, Sampling
 
 from .conftest import END, make_model, oracle_responses, random_prompts
@@ -93,6 +96,86 @@ def test_several_end_tokens(qwen2: PreTrainedModel) -> None:
     assert got.tokens == whole[: whole.index(end) + 1] and got.finished
 
 
+def spell(tokens: list[int]) -> str:
+    """A toy vocabulary's text: one or two letters a token, so that a stop string may begin inside of one."""
+    return "".join(chr(97 + t % 7) + (chr(97 + t % 5) if t % 2 else "") for t in tokens)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), at=st.integers(0, 20), length=st.integers(1, 4), pool=st.integers(0, 3))
+def test_stop_strings_end_every_mode_at_the_same_token(seed: int, at: int, length: int, pool: int) -> None:
+    model = make_model("qwen2", seed % 3)
+    prompts = random_prompts([4, 9], seed)
+    whole = oracle_responses(model, prompts, 30)
+    stop = spell(whole[0])[at : at + length] or "a"
+    expected = []
+    for tokens in whole:
+        written = [t for t in tokens if t != END]  # the end token writes no text
+        ends = [i for i in range(1, len(written) + 1) if stop in spell(written[:i])]
+        expected.append((written[: ends[0]], stop) if ends else (tokens, None))
+    options = {"max_new_tokens": 30, "end_ids": [END], "stop": ["never", stop], "decode": spell}
+    for drafting in (AUTOREGRESSIVE, Drafting("jacobi", 8), Drafting("multiblock", 6, spawn_ratio=0.5, pool=pool)):
+        got = generate(model, [p.tolist() for p in prompts], drafting=drafting, **options)
+        assert [(g.tokens, g.stop) for g in got] == expected
+
+
+def test_a_stream_gives_what_generate_gives_and_leaves_the_model_as_it_was(qwen2: PreTrainedModel) -> None:
+    prompt = random_prompts([7])[0].tolist()
+    before = qwen2.config._attn_implementation
+    options = {"max_new_tokens": 25, "end_ids": [END], "drafting": Drafting("multiblock", 6)}
+    (whole,) = generate(qwen2, [prompt], **options)
+    pieces = list(stream(qwen2, prompt, **options))
+    assert [len(tokens) for tokens, _ in pieces] == whole.accepted_runs
+    assert [t for tokens, _ in pieces for t in tokens] == whole.tokens == pieces[-1][1].tokens
+    abandoned = stream(qwen2, prompt, **options)
+    next(abandoned)
+    assert not torch.is_inference_mode_enabled()  # the reader's own code is not run in inference mode
+    abandoned.close()
+    assert qwen2.config._attn_implementation == before
+
+
+def test_the_cost_of_a_response_adds_up(qwen2: PreTrainedModel) -> None:
+    prompts = [p.tolist() for p in random_prompts([5, 9])]
+    for g in generate(qwen2, prompts, max_new_tokens=30, end_ids=[END], drafting=Drafting("jacobi", 8)):
+        assert sum(length * count for length, count in g.run_histogram.items()) == len(g.tokens) - 1
+        assert sum(g.run_histogram.values()) == g.forwards
+        assert g.forwards < g.forwarded_tokens <= 8 * g.forwards
+        assert g.reason == ("end" if g.tokens[-1] == END else "length")
+        assert g.prefill_seconds > 0 and g.tps == pytest.approx((len(g.tokens) - 1) / g.seconds)
+
+
+def test_rows_join_and_leave_while_others_run(qwen2: PreTrainedModel) -> None:
+    """What a server does: requests come and go, each in its own mode and sampling, and none sees the others."""
+    prompts = random_prompts([5, 9, 3, 12, 7])
+    kinds = [Sampling(0.8), GREEDY, Sampling(0.9, top_k=8), GREEDY, GREEDY]
+    modes = [Drafting("jacobi", 5), AUTOREGRESSIVE, Drafting("multiblock", 4), Drafting("jacobi", 8), AUTOREGRESSIVE]
+    rows = [
+        Row(p.tolist(), i, drafting, 25, frozenset([END]), sampling)
+        for i, (p, drafting, sampling) in enumerate(zip(prompts, modes, kinds, strict=True))
+    ]
+    with branch_attention(qwen2), torch.inference_mode():
+        batch = Batch(qwen2, rows=3, slots=40, widest=24)
+        batch.join(rows[:2])
+        batch.step()
+        batch.join(rows[2:3])
+        with pytest.raises(ValueError, match="0 of 3 places are free"):
+            batch.join(rows[3:4])
+        batch.step()
+        if not rows[0].done:
+            batch.leave([rows[0]])
+        waiting = rows[3:]
+        while batch.active or waiting:
+            if waiting and batch.free:
+                batch.join([waiting.pop(0)])
+            if batch.active:
+                batch.step()
+    for i, row in enumerate(rows):
+        (expected,) = [
+            autoregressive(qwen2, row.prompt, max_new_tokens=25, end_ids=[END], sampling=row.sampling, key=i)
+        ]
+        assert row.tokens == expected[: len(row.tokens)] and (row.tokens == expected or i == 0)
+
+
 def test_bad_input_is_refused_before_any_work(qwen2: PreTrainedModel) -> None:
     with pytest.raises(PromptError, match="prompt 1 is empty"):
         generate(qwen2, [[1], []], max_new_tokens=5, end_ids=[END])
@@ -100,6 +183,15 @@ def test_bad_input_is_refused_before_any_work(qwen2: PreTrainedModel) -> None:
         generate(qwen2, [[1] * 250], max_new_tokens=7, end_ids=[END])
     with pytest.raises(ValueError, match="unknown decoding mode 'warp'"):
         Drafting("warp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="stop strings need decode="):
+        generate(qwen2, [[1]], max_new_tokens=5, end_ids=[END], stop=["x"])
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        generate(qwen2, [[1]], max_new_tokens=5, end_ids=[END], stop=[""], decode=spell)
+    with pytest.raises(PromptError, match="is empty"):
+        stream(qwen2, [], max_new_tokens=5, end_ids=[END])  # before the first token is asked for
+    recurrent = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UnsupportedModelError, match="over a key-value cache"):
+        generate(recurrent, [[1]], max_new_tokens=5, end_ids=[END])
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         generate(t5, [[1]], max_new_tokens=5, end_ids=[END])

@@ -1,0 +1,234 @@
+"""Forward passes of rows that are decoded together over one preallocated key-value cache.
+
+Rows join and leave between forward passes; active rows always lie first in the cache. A row forwards its last
+accepted token, its draft and its recycled candidates; the candidates are branches off the same cache, not copies of
+it. What a row proposes and accepts is in ``drafts.py``, the call people make is in ``decoding.py``.
+
+Per forward pass the host sends one array and reads one, the tokens the model chose; nothing is allocated that grows
+with what was written before, except the mask that attention itself needs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from jf_cluster.jacobi.attention import branch_attention
+from jf_cluster.jacobi.cache import KeyValueCache
+from jf_cluster.jacobi.drafts import Row
+from jf_cluster.jacobi.layout import CachedRows, visible
+from jf_cluster.jacobi.sampling import IntArray, Sampling
+
+Accepted = list[tuple[Row, list[int]]]
+"""Rows and the tokens a forward pass added to each."""
+
+
+class Batch:
+    """Up to ``rows`` rows at a time, each of at most ``slots`` tokens, prompt and response together.
+
+    ``widest`` is the most tokens a row may propose. The model must be under ``attention.branch_attention`` and
+    gradients off whenever rows join or a step is made.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, rows: int, slots: int, widest: int) -> None:
+        self.model, self.capacity, self.slots, self.widest = model, rows, slots, widest
+        self.cache = KeyValueCache(model.config, rows, slots + widest, dtype=model.dtype, device=model.device)
+        self.active: list[Row] = []
+        """Rows being decoded; row i lies in cache row i."""
+        self._numbers = torch.arange(slots + widest, device=model.device)
+        self._head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+    @property
+    def free(self) -> int:
+        """Rows that may still join."""
+        return self.capacity - len(self.active)
+
+    def join(self, rows: Sequence[Row]) -> Accepted:
+        """Prefill ``rows`` in one forward pass and give each one's first token; rows done with it do not stay."""
+        if len(rows) > self.free:
+            raise ValueError(f"{len(rows)} rows do not fit: {self.free} of {self.capacity} places are free")
+        for r in rows:
+            if len(r.prompt) + r.max_new_tokens > self.slots:
+                raise ValueError(f"a row of {len(r.prompt)} + {r.max_new_tokens} tokens is too long for {self.slots}")
+            if r.drafting.longest > self.widest:
+                raise ValueError(f"{r.drafting} proposes {r.drafting.longest} tokens, more than {self.widest}")
+        begun = time.perf_counter()
+        lengths = np.array([len(r.prompt) for r in rows])
+        width, count = int(lengths.max()), len(rows)
+        tokens = np.zeros((count, width), dtype=np.int64)
+        for i, row in enumerate(rows):
+            tokens[i, : lengths[i]] = row.prompt
+        layout = CachedRows(
+            self.cache, None, None, mask=None, reach=width, causal=True, first_row=len(self.active), first_slot=0
+        )
+        base = self.model.base_model(
+            input_ids=self._tensor(tokens),
+            position_ids=self._numbers[:width].expand(count, width),
+            use_cache=False,
+            layout=layout,
+        )
+        last = base.last_hidden_state[torch.arange(count), self._tensor(lengths - 1)]
+        firsts = self._choose(self._head(last), list(rows), np.zeros((count, 1), dtype=np.int64))
+        ended = time.perf_counter()
+        for row, first in zip(rows, firsts, strict=True):
+            row.prefill_seconds, row.begun = ended - begun, ended
+            row.begin(first)
+        self.active += rows
+        self.leave(r for r in rows if r.done)
+        return [(r, r.tokens[:]) for r in rows]
+
+    def step(self) -> Accepted:
+        """Make one forward pass of all active rows; rows that are done leave."""
+        rows = self.active
+        before = [len(r.tokens) for r in rows]
+        chosen = self._forward_one(rows[0]) if len(rows) == 1 else self._forward_all(rows)
+        now = time.perf_counter()
+        for i, (row, written) in enumerate(zip(rows, chosen, strict=True)):
+            self._accept(i, row, written)
+            row.elapsed = now - row.begun
+        accepted = [(r, r.tokens[b:]) for r, b in zip(rows, before, strict=True)]
+        self.leave(r for r, _ in accepted if r.done)
+        return accepted
+
+    def leave(self, rows: Iterable[Row]) -> None:
+        """Take rows out; the last active row moves into each freed place, so that active rows stay first."""
+        for row in list(rows):
+            i = next(i for i, r in enumerate(self.active) if r is row)
+            moved = self.active.pop()
+            if i < len(self.active):
+                self.active[i] = moved
+                self.cache.copy_row(len(self.active), i)
+
+    def _forward_one(self, row: Row) -> list[list[int]]:
+        """The usual case, one request: its tokens fill consecutive slots, so little is to be said about them."""
+        proposed = row.proposed
+        last, width = row.last_slot, len(proposed)
+        slots = self._numbers[last : last + width]
+        keys = self._numbers[: last + width]
+        depth = row.depths
+        mask: torch.Tensor | None
+        if width == 1:
+            positions, mask = slots, None
+        elif not row.candidates:
+            positions, mask = slots, keys <= slots[:, None]
+        else:
+            positions = last + self._tensor(depth)
+            stem_end, own = self._tensor(last + row.own_ranges)[:, :, None]
+            mask = visible(torch.zeros_like(stem_end), stem_end, own, slots[:, None], keys)
+        layout = CachedRows(
+            self.cache, None, None, mask=self._additive(mask, (1, 1)), reach=last + width, first_slot=last
+        )
+        logits = self._logits(torch.tensor([proposed], device=self.model.device), positions[None], layout)
+        return [self._choose(logits[0], [row], len(row.tokens) + depth[None])]
+
+    def _forward_all(self, rows: Sequence[Row]) -> list[list[int]]:
+        count, width = len(rows), max(len(r.proposed) for r in rows)
+        # tokens, slots, depth (position after the last accepted token), end of the stem and begin of the own branch
+        packed = np.zeros((5, count, width), dtype=np.int64)
+        last = np.array([r.last_slot for r in rows])
+        packed[1:] = last[:, None]
+        packed[1] += np.arange(width)
+        packed[2] += np.arange(width)
+        for i, r in enumerate(rows):
+            size = len(r.proposed)
+            packed[0, i, :size] = r.proposed
+            packed[2, i, :size] = last[i] + r.depths
+            packed[3:, i, :size] += r.own_ranges
+        reach = int(last.max()) + width
+        tokens, slots, positions, stem_end, own = self._tensor(packed)
+        mask = visible(
+            torch.zeros_like(stem_end)[:, :, None],
+            stem_end[:, :, None],
+            own[:, :, None],
+            slots[:, :, None],
+            self._numbers[:reach],
+        )
+        layout = CachedRows(
+            self.cache,
+            self._numbers[:count].repeat_interleave(width),
+            slots.flatten(),
+            mask=self._additive(mask, (count, 1)),
+            reach=reach,
+        )
+        logits = self._logits(tokens, positions, layout)
+        places = packed[2] - last[:, None] + np.array([len(r.tokens) for r in rows])[:, None]
+        chosen = self._choose(logits.flatten(0, 1), rows, places)
+        return [chosen[i * width : i * width + len(r.proposed)] for i, r in enumerate(rows)]
+
+    def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, layout: CachedRows) -> torch.Tensor:
+        """Logits [B, Q, V] of tokens and positions [B, Q]."""
+        out = self.model(input_ids=tokens, position_ids=positions, use_cache=False, layout=layout)
+        logits: torch.Tensor = out.logits
+        return logits
+
+    def _additive(self, mask: torch.Tensor | None, lead: tuple[int, int]) -> torch.Tensor | None:
+        """A bool mask as [*lead, Q, K] to add to the scores; SDPA would make one of it in every layer."""
+        if mask is None:
+            return None
+        zeros = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device)
+        return zeros.masked_fill_(~mask, -torch.inf).view(*lead, *mask.shape[-2:])
+
+    def _accept(self, i: int, row: Row, written: Sequence[int]) -> None:
+        at, after, starts = 1 + len(row.draft), [], []
+        for c in row.candidates:
+            starts.append(at)
+            after.append(written[at : at + len(c)])
+            at += len(c)
+        last = row.last_slot
+        run, source = row.advance(written[: 1 + len(row.draft)], after)
+        if source is not None:
+            first = last + starts[source]
+            self.cache.copy_slots(i, slice(first, first + run), slice(last + 1, last + 1 + run))
+
+    def _choose(self, logits: torch.Tensor, rows: Sequence[Row], places: IntArray) -> list[int]:
+        """Next tokens for logits [B * Q, V]; ``places`` [B, Q] are the response positions they are for."""
+        kinds = {r.sampling for r in rows}
+        if len(kinds) == 1 and (only := next(iter(kinds))).temperature == 0:
+            greedy: list[int] = logits.argmax(-1).tolist()
+            return greedy
+        width = places.shape[1]
+        keys = self._tensor(np.repeat(np.array([r.key for r in rows], dtype=np.int64), width))
+        positions = self._tensor(places.ravel())
+        if len(kinds) == 1:
+            sampled: list[int] = only.choose(logits, keys, positions).tolist()
+            return sampled
+        chosen = torch.empty_like(keys)
+        for kind in kinds:
+            mine = self._tensor(_places_of(kind, rows, width))
+            chosen[mine] = kind.choose(logits[mine], keys[mine], positions[mine])
+        mixed: list[int] = chosen.tolist()
+        return mixed
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self.model.device)
+
+
+def decode_rows(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[tuple[int, list[int]]]:
+    """Decode all rows to their end; give (row number, new tokens) after every forward pass.
+
+    The model keeps its branch attention until the iterator is exhausted or closed.
+    """
+    if not rows:
+        return
+    numbers = {id(row): number for number, row in enumerate(rows)}
+    slots = max(len(r.prompt) + r.max_new_tokens for r in rows)
+    with branch_attention(model):
+        with torch.inference_mode():
+            batch = Batch(model, rows=len(rows), slots=slots, widest=max(r.drafting.longest for r in rows))
+            accepted = batch.join(rows)
+        while accepted:
+            # Not inside inference mode: whoever reads the iterator goes on in between.
+            yield from ((numbers[id(row)], tokens) for row, tokens in accepted)
+            with torch.inference_mode():
+                accepted = batch.step() if batch.active else []
+
+
+def _places_of(kind: Sampling, rows: Sequence[Row], width: int) -> IntArray:
+    """Indices into [B * width] of the rows that sample alike."""
+    mine = np.array([i for i, r in enumerate(rows) if r.sampling == kind])
+    places: IntArray = (mine[:, None] * width + np.arange(width)).ravel()
+    return places
