@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -16,6 +17,7 @@ from jf_cluster.collect.prompts import Prompt, held_out_prompts, unusable
 from jf_cluster.config import Config
 from jf_cluster.evaluate.evaluation import MODES, Evaluation, Mode, ModeResult, load_evaluation, save_evaluation
 from jf_cluster.evaluate.worker import Answer, Evaluator
+from jf_cluster.model_card import write_card
 from jf_cluster.models import ModelError, load_tokenizer, model_hash
 from jf_cluster.progress import meter
 from jf_cluster.tracking import Tracker
@@ -38,9 +40,10 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker) -> Evalu
         PromptsError: the held-out prompts cannot be had.
         EvaluateError: no prompt could be decoded, or the base has not been evaluated.
     """
-    if (known := load_evaluation(config, round_number)) is not None:
-        return known
     base = load_evaluation(config, 0)
+    if (known := load_evaluation(config, round_number)) is not None:
+        _tell_on_the_card(config, known, base)
+        return known
     if base is None and round_number > 0:
         raise EvaluateError("the base model is evaluated first, the others are measured against it: use --round 0")
     begun = time.monotonic()
@@ -59,6 +62,7 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker) -> Evalu
             config, round_number, prompts, answers, speeds, base, time.monotonic() - begun, len(held_out)
         )
         path = save_evaluation(config, evaluation)
+        _tell_on_the_card(config, evaluation, base)
         stage.tags({"model_hash": evaluation.model_hash, "failed": evaluation.failed})
         stage.metrics(_metrics(evaluation))
         stage.artifact(path)
@@ -176,6 +180,18 @@ def _judged(
 def _share(hits: Iterable[bool]) -> float:
     found = list(hits)
     return sum(found) / len(found) if found else 0.0
+
+
+def _tell_on_the_card(config: Config, evaluation: Evaluation, base: Evaluation | None) -> None:
+    """Put the measured table on the card of a model this run exported; the base's directory is not ours to write."""
+    if evaluation.round > 0 and base is not None and (directory := Path(config.model_dir(evaluation.round))).is_dir():
+        write_card(
+            directory,
+            round_number=evaluation.round,
+            base=config.model.base,
+            dtype=config.model.dtype,
+            evaluations={"base": base, f"round {evaluation.round}": evaluation},
+        )
 
 
 def _metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jf_cluster.model_card import write_card
 from jf_cluster.models import TOKENIZER_FILES, resolve
+from jf_cluster.package_decoder import write_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +29,9 @@ MAX_FILE_BYTES = 5 * 10**9
 
 
 def export_model(model: PreTrainedModel, target: Path, dtype: torch.dtype, base: str) -> None:
-    """Write ``model`` in ``dtype`` with the tokenizer of ``base`` to ``target``; all ranks call this together.
+    """Write ``model`` in ``dtype``, tokenizer, decoder and card to ``target``; all ranks call this together.
+
+    The tokenizer is that of ``base``; the card gets its table when the model is evaluated.
 
     ``target`` must not exist on entry; what a killed export left of it is removed by whoever starts the ranks.
     """
@@ -40,6 +44,8 @@ def export_model(model: PreTrainedModel, target: Path, dtype: torch.dtype, base:
         if model.generation_config is not None:
             model.generation_config.save_pretrained(target)
         _copy_tokenizer(resolve(base), target)
+        write_decoder(target)
+        write_card(target, base=base, dtype=str(dtype).removeprefix("torch."))
     files: list[list[str]] = []
     sizes = 0
     pending: dict[str, Tensor] = {}

@@ -1,0 +1,99 @@
+"""The model card of an exported model: what it is, how to decode with it, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jf_cluster.evaluate.evaluation import Evaluation
+
+CARD = "README.md"
+
+_TEXT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [jacobi-forcing, parallel-decoding]
+{base_model}---
+
+# {name}
+
+A causal language model trained by Jacobi Forcing (arXiv 2512.14681){round}, from `{base}`. It is an ordinary
+checkpoint: any engine runs it autoregressively. With the decoder in `custom_generate/` it writes several tokens per
+forward pass, in float32 exactly those that autoregressive decoding writes.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "{name}"  # this directory, or the model's id where it was uploaded
+model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+inputs = tokenizer("…", return_tensors="pt")
+statistics = []
+out = model.generate(
+    **inputs, max_new_tokens=256, custom_generate=path, trust_remote_code=True, statistics=statistics
+)
+print(tokenizer.decode(out[0]), statistics[0].tpf, "tokens per forward")
+```
+
+`custom_generate/` needs torch and transformers only. `drafting=` is `"ar"`, `"jacobi"`, `"multiblock"` or `"auto"`
+(what a calibration stored in `decoding.json`); `block_size`, `blocks`, `spawn_ratio`, `pool`, `seed`, `stop_strings`
+with `tokenizer=`, and `streamer=` work too.
+
+## Measured
+
+{measured}
+"""
+
+_TABLE = """On {prompts} held-out prompts, in `{dtype}`; speed on {speed_prompts} of them, one request at a time,
+prefill not counted, all modes on the same engine in turn. {accuracy_note}
+
+| model | decoding | tokens per forward | tokens per second | speed-up over its AR | accuracy | same as its AR |
+| --- | --- | --- | --- | --- | --- | --- |
+{rows}"""
+
+
+def write_card(
+    directory: Path,
+    *,
+    base: str,
+    dtype: str,
+    round_number: int | None = None,
+    evaluations: Mapping[str, Evaluation] | None = None,
+) -> Path:
+    """Write ``README.md`` into a model directory, with the measured table where ``evaluations`` (by name) are given.
+
+    Of a base that lies on this machine only its last name is told.
+    """
+    local = Path(base).is_dir()
+    name = Path(base).name if local else base
+    text = _TEXT.format(
+        base_model="" if local else f"base_model: {base}\n",
+        name=directory.name.removesuffix(".partial"),
+        round="" if round_number is None else f", round {round_number}",
+        base=name,
+        measured=_measured(evaluations, dtype) if evaluations else "Not evaluated yet.",
+    )
+    card = directory / CARD
+    card.write_text(text)
+    return card
+
+
+def _measured(evaluations: Mapping[str, Evaluation], dtype: str) -> str:
+    last = list(evaluations.values())[-1]
+    lines = []
+    for name, evaluation in evaluations.items():
+        for mode in ("ar", "jacobi", "multiblock"):
+            result = evaluation.mode(mode)
+            accuracy = "not graded" if result.accuracy is None else f"{100 * result.accuracy:.1f}%"
+            lines.append(
+                f"| {name} | {mode} | {result.tpf:.2f} | {result.tps:.0f} | {evaluation.speedup(mode):.2f} "
+                f"| {accuracy} | {100 * result.same_as_ar:.1f}% |"
+            )
+    return _TABLE.format(
+        prompts=last.prompts,
+        speed_prompts=last.speed_prompts,
+        dtype=dtype,
+        accuracy_note=f"Its answers agree with the base's on {100 * last.agreement_with_base:.1f}% of the prompts.",
+        rows="\n".join(lines),
+    )
