@@ -1,4 +1,4 @@
-"""``python -m jf_cluster``: the local cluster, the dashboard, the table and the configuration."""
+"""``python -m jf_cluster``: the local cluster, the dashboard, the table, the configuration, and using a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import typer
 
 from jf_cluster.command import DEFAULT_CONFIG, ConfigPath, Overrides, clear_errors, load, start_logging
 from jf_cluster.config import ConfigError
+from jf_cluster.inference import commands as inference
 
 app = typer.Typer(help="Jacobi Forcing at cluster scale.", no_args_is_help=True, add_completion=False)
 cluster_app = typer.Typer(
     help="A local Ray head on 127.0.0.1, with its dashboard and job server.", no_args_is_help=True
 )
 app.add_typer(cluster_app, name="cluster")
+for use in (inference.chat, inference.generate, inference.serve, inference.calibrate):
+    app.command()(use)
 
 RunsDir = Annotated[Path, typer.Option(help="Where the head's process id and log are kept.")]
 

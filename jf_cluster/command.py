@@ -72,13 +72,15 @@ def _exit_code(error: Exception) -> int | None:
     from jf_cluster.collect.dispatch import DispatchError
     from jf_cluster.collect.prompts import PromptsError
     from jf_cluster.evaluate.evaluating import EvaluateError
+    from jf_cluster.jacobi.attention import UnsupportedModelError
+    from jf_cluster.jacobi.decoding import PromptError
     from jf_cluster.models import ModelError
     from jf_cluster.preflight import PreflightError
     from jf_cluster.rounds import RunBusyError
     from jf_cluster.train import TrainingError
     from trajectory_store import StoreError
 
-    if isinstance(error, PromptsError | ModelError):
+    if isinstance(error, PromptsError | ModelError | PromptError | UnsupportedModelError):
         return 2
     stages = (CollectError, DispatchError, EvaluateError, TrainingError)
     if isinstance(error, (PreflightError, ClusterError, RunBusyError, *stages, StoreError, RayError, OSError)):

@@ -88,14 +88,26 @@ def load_model(config: Config, round_number: int, device: str | torch.device = "
     Raises:
         ModelError: it is missing or incomplete.
     """
+    dtype, trust = getattr(torch, config.model.dtype), config.model.trust_remote_code
+    return load_checkpoint(config.model_dir(round_number), dtype=dtype, device=device, trust_remote_code=trust)
+
+
+def load_checkpoint(
+    path: str, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model ``path`` names (as in :func:`resolve`), in evaluation mode; dtype "auto" is the one it was saved in.
+
+    Raises:
+        ModelError: it is missing, incomplete, or not a causal language model.
+    """
     from transformers import AutoModelForCausalLM
 
-    directory = resolve(config.model_dir(round_number))
+    directory = resolve(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=getattr(torch, config.model.dtype),
-            trust_remote_code=config.model.trust_remote_code,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             attn_implementation="sdpa",  # for plain use; jacobi.attention puts its own in place where needed
         )
@@ -110,14 +122,19 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it is missing or cannot be read.
     """
+    return tokenizer_of(config.model.base, config.model.trust_remote_code)
+
+
+def tokenizer_of(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in the directory ``path`` names; errors as in :func:`load_tokenizer`."""
     from transformers import AutoTokenizer
 
-    directory = resolve(config.model.base)
+    directory = resolve(path)
     if not any(any(directory.glob(pattern)) for pattern in VOCABULARY_FILES):
         # transformers would go on with a tokenizer that knows no words.
         raise ModelError(f"{directory} has no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory} has no tokenizer that transformers can read: {error}") from error
 

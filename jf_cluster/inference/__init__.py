@@ -1,0 +1,1 @@
+"""Using a trained model: in the terminal, from files to files, and as a server."""
