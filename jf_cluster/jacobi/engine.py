@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.cache import KeyValueCache
 from jf_cluster.jacobi.drafts import Row
+from jf_cluster.jacobi.graphs import Graphs
 from jf_cluster.jacobi.layout import CachedRows, visible
 from jf_cluster.jacobi.sampling import IntArray, Sampling
 
@@ -31,21 +32,37 @@ class Batch:
     """Up to ``rows`` rows at a time, each of at most ``slots`` tokens, prompt and response together.
 
     ``widest`` is the most tokens a row may propose. The model must be under ``attention.branch_attention`` and
-    gradients off whenever rows join or a step is made.
+    gradients off whenever rows join or a step is made. ``static`` steps have the same shapes whatever is proposed and
+    run as CUDA graphs, AR's and ours alike; by default on a GPU, for few rows, where launching from Python takes the
+    time.
     """
 
-    def __init__(self, model: PreTrainedModel, *, rows: int, slots: int, widest: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, rows: int, slots: int, widest: int, static: bool | None = None
+    ) -> None:
         self.model, self.capacity, self.slots, self.widest = model, rows, slots, widest
         self.cache = KeyValueCache(model.config, rows, slots + widest, dtype=model.dtype, device=model.device)
         self.active: list[Row] = []
         """Rows being decoded; row i lies in cache row i."""
         self._numbers = torch.arange(slots + widest, device=model.device)
+        static = model.device.type == "cuda" and rows <= GRAPH_ROWS if static is None else static
+        self._graphs = Graphs(self._packed_forward, model.device) if static else None
         self._head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
     @property
     def free(self) -> int:
         """Rows that may still join."""
         return self.capacity - len(self.active)
+
+    @property
+    def static(self) -> bool:
+        return self._graphs is not None
+
+    def serves(self, rows: int, slots: int, widest: int) -> bool:
+        """Whether this batch, idle, has the place for other rows and its weights are still the model's."""
+        roomy = rows == self.capacity and slots <= self.slots and widest <= self.widest
+        cache = self.cache.keys[0]
+        return roomy and not self.active and (cache.dtype, cache.device) == (self.model.dtype, self.model.device)
 
     def join(self, rows: Sequence[Row]) -> Accepted:
         """Prefill ``rows`` in one forward pass and give each one's first token; rows done with it do not stay."""
@@ -85,7 +102,8 @@ class Batch:
         """Make one forward pass of all active rows; rows that are done leave."""
         rows = self.active
         before = [len(r.tokens) for r in rows]
-        chosen = self._forward_one(rows[0]) if len(rows) == 1 else self._forward_all(rows)
+        single = len(rows) == 1 and self._graphs is None
+        chosen = self._forward_one(rows[0]) if single else self._forward_all(rows)
         now = time.perf_counter()
         for i, (row, written) in enumerate(zip(rows, chosen, strict=True)):
             self._accept(i, row, written)
@@ -109,28 +127,34 @@ class Batch:
         last, width = row.last_slot, len(proposed)
         slots = self._numbers[last : last + width]
         keys = self._numbers[: last + width]
-        depth = row.depths
         mask: torch.Tensor | None
         if width == 1:
             positions, mask = slots, None
         elif not row.candidates:
             positions, mask = slots, keys <= slots[:, None]
         else:
-            positions = last + self._tensor(depth)
+            positions = last + self._tensor(row.depths)
             stem_end, own = self._tensor(last + row.own_ranges)[:, :, None]
             mask = visible(torch.zeros_like(stem_end), stem_end, own, slots[:, None], keys)
         layout = CachedRows(
             self.cache, None, None, mask=self._additive(mask, (1, 1)), reach=last + width, first_slot=last
         )
         logits = self._logits(torch.tensor([proposed], device=self.model.device), positions[None], layout)
-        return [self._choose(logits[0], [row], len(row.tokens) + depth[None])]
+        if row.sampling.temperature == 0:
+            return [logits[0].argmax(-1).tolist()]
+        return [self._choose(logits[0], [row], len(row.tokens) + row.depths[None])]
 
     def _forward_all(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Any rows; also the static shapes that CUDA graphs need, where all that changes is ``packed``."""
         count, width = len(rows), max(len(r.proposed) for r in rows)
-        # tokens, slots, depth (position after the last accepted token), end of the stem and begin of the own branch
+        reach = max(r.last_slot for r in rows) + width
+        if self._graphs is not None:
+            count, width = self.capacity, max(r.drafting.longest for r in rows)  # rows beyond the active ones idle
+            reach = min(_bucket(max(r.last_slot for r in rows) + width), self.cache.slots)
+        # tokens, slots, positions, end of the stem and begin of the own branch
         packed = np.zeros((5, count, width), dtype=np.int64)
         last = np.array([r.last_slot for r in rows])
-        packed[1:] = last[:, None]
+        packed[1:, : len(rows)] = last[:, None]
         packed[1] += np.arange(width)
         packed[2] += np.arange(width)
         for i, r in enumerate(rows):
@@ -138,8 +162,18 @@ class Batch:
             packed[0, i, :size] = r.proposed
             packed[2, i, :size] = last[i] + r.depths
             packed[3:, i, :size] += r.own_ranges
-        reach = int(last.max()) + width
-        tokens, slots, positions, stem_end, own = self._tensor(packed)
+        if self._graphs is not None:
+            logits = self._graphs.run(torch.from_numpy(packed), reach)
+        else:
+            logits = self._packed_forward(self._tensor(packed), reach)
+        places = packed[2, : len(rows)] - last[:, None] + np.array([len(r.tokens) for r in rows])[:, None]
+        chosen = self._choose(logits[: len(rows)].flatten(0, 1), rows, places)
+        return [chosen[i * width : i * width + len(r.proposed)] for i, r in enumerate(rows)]
+
+    def _packed_forward(self, packed: torch.Tensor, reach: int) -> torch.Tensor:
+        """Logits [B, Q, V] from ``packed`` int64 [5, B, Q]; device work only, so that a graph can record it."""
+        tokens, slots, positions, stem_end, own = packed
+        count, width = tokens.shape
         mask = visible(
             torch.zeros_like(stem_end)[:, :, None],
             stem_end[:, :, None],
@@ -149,15 +183,12 @@ class Batch:
         )
         layout = CachedRows(
             self.cache,
-            self._numbers[:count].repeat_interleave(width),
+            self._numbers[:count].repeat_interleave(width, output_size=count * width),
             slots.flatten(),
             mask=self._additive(mask, (count, 1)),
             reach=reach,
         )
-        logits = self._logits(tokens, positions, layout)
-        places = packed[2] - last[:, None] + np.array([len(r.tokens) for r in rows])[:, None]
-        chosen = self._choose(logits.flatten(0, 1), rows, places)
-        return [chosen[i * width : i * width + len(r.proposed)] for i, r in enumerate(rows)]
+        return self._logits(tokens, positions, layout)
 
     def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, layout: CachedRows) -> torch.Tensor:
         """Logits [B, Q, V] of tokens and positions [B, Q]."""
@@ -218,13 +249,35 @@ def decode_rows(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[tuple[i
     slots = max(len(r.prompt) + r.max_new_tokens for r in rows)
     with branch_attention(model):
         with torch.inference_mode():
-            batch = Batch(model, rows=len(rows), slots=slots, widest=max(r.drafting.longest for r in rows))
+            batch = _batch_for(model, len(rows), slots, max(r.drafting.longest for r in rows))
             accepted = batch.join(rows)
         while accepted:
             # Not inside inference mode: whoever reads the iterator goes on in between.
             yield from ((numbers[id(row)], tokens) for row, tokens in accepted)
             with torch.inference_mode():
                 accepted = batch.step() if batch.active else []
+
+
+_kept: list[Batch] = []
+"""On a GPU the last batch, for the next call with that model: recording graphs takes longer than many a response."""
+
+
+def _batch_for(model: PreTrainedModel, rows: int, slots: int, widest: int) -> Batch:
+    if _kept and _kept[0].model is model and _kept[0].serves(rows, slots, widest):
+        return _kept[0]
+    batch = Batch(model, rows=rows, slots=slots, widest=widest)
+    if batch.static:
+        _kept[:] = [batch]
+    return batch
+
+
+GRAPH_ROWS = 8
+SMALLEST_BUCKET = 256
+
+
+def _bucket(slots: int) -> int:
+    """Key slots a static step attends over: the next power of two, so that there are few graphs."""
+    return max(SMALLEST_BUCKET, 1 << (slots - 1).bit_length())
 
 
 def _places_of(kind: Sampling, rows: Sequence[Row], width: int) -> IntArray:

@@ -176,6 +176,22 @@ def test_rows_join_and_leave_while_others_run(qwen2: PreTrainedModel) -> None:
         assert row.tokens == expected[: len(row.tokens)] and (row.tokens == expected or i == 0)
 
 
+@pytest.mark.parametrize("drafting", DRAFTINGS, ids=str)
+def test_static_shapes_give_the_same(model: PreTrainedModel, drafting: Drafting, monkeypatch) -> None:
+    """The steps that run as CUDA graphs, here without being recorded: few shapes, and exactly AR's tokens."""
+    monkeypatch.setattr("jf_cluster.jacobi.engine.SMALLEST_BUCKET", 32)
+    prompts = random_prompts([5, 9, 14])
+    rows = [Row(p.tolist(), i, drafting, 40, frozenset([END])) for i, p in enumerate(prompts)]
+    with branch_attention(model), torch.inference_mode():
+        batch = Batch(model, rows=3, slots=60, widest=drafting.longest, static=True)
+        batch.join(rows)
+        while batch.active:
+            batch.step()
+    assert [r.tokens for r in rows] == oracle_responses(model, prompts, 40)
+    # One shape for each doubling of the cache's length, however many rows are left.
+    assert batch._graphs is not None and batch._graphs.count <= 2
+
+
 def test_bad_input_is_refused_before_any_work(qwen2: PreTrainedModel) -> None:
     with pytest.raises(PromptError, match="prompt 1 is empty"):
         generate(qwen2, [[1], []], max_new_tokens=5, end_ids=[END])

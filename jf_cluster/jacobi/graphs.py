@@ -1,0 +1,69 @@
+"""CUDA graphs of a decode step: recorded once for each shape, then replayed without any launch from Python.
+
+A step is a function of one packed integer tensor; everything else it touches (weights, key-value cache) stays where it
+is. So a graph has one input buffer and one output buffer. Where there is no CUDA the same function runs on the same
+static shapes without being recorded, which is how the tests reach it.
+
+Not run so far: recording and replaying on a GPU, because none was at hand. The shapes, the masks and the padding are
+tested against the oracle on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Step = Callable[[torch.Tensor, int], torch.Tensor]
+"""(packed integers, key slots) -> logits; must only do device work and must give the same when repeated."""
+
+WARM_UPS = 3
+"""Runs before recording: libraries choose kernels and allocate workspaces in their first calls."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    packed: torch.Tensor
+    logits: torch.Tensor
+    graph: torch.cuda.CUDAGraph | None
+
+
+class Graphs:
+    """Steps by shape and reach."""
+
+    def __init__(self, step: Step, device: torch.device) -> None:
+        self._step, self._device = step, device
+        self._recorded: dict[tuple[torch.Size, int], _Recorded] = {}
+
+    @property
+    def count(self) -> int:
+        """Shapes met so far."""
+        return len(self._recorded)
+
+    def run(self, packed: torch.Tensor, reach: int) -> torch.Tensor:
+        """Give the step's logits for ``packed`` (on the host); the next run of the same shape overwrites them."""
+        key = (packed.shape, reach)
+        if key not in self._recorded:
+            self._recorded[key] = self._record(packed, reach)
+        recorded = self._recorded[key]
+        recorded.packed.copy_(packed, non_blocking=True)
+        if recorded.graph is None:
+            return self._step(recorded.packed, reach)
+        recorded.graph.replay()
+        return recorded.logits
+
+    def _record(self, packed: torch.Tensor, reach: int) -> _Recorded:
+        buffer = packed.to(self._device, copy=True)
+        if self._device.type != "cuda":
+            return _Recorded(buffer, torch.empty(0), None)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._step(buffer, reach)  # writes the cache's slots of this very step, the same each time
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._step(buffer, reach)
+        return _Recorded(buffer, logits, graph)
