@@ -32,7 +32,7 @@ Auto = Literal["auto"]
 AUTO: Auto = "auto"
 FILE = "decoding.json"
 
-BLOCK_SIZES = (4, 8, 16, 32)
+BLOCK_SIZES = (4, 8, 16, 24, 32)
 BLOCKS = (2, 3)
 POOLS = (0, 2, 4)
 WIDTHS = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128)

@@ -24,20 +24,26 @@ Reason = Literal["end", "stop", "length"]
 
 @dataclass(frozen=True)
 class Drafting:
-    """How drafts are made: the mode, block size n, blocks in flight K, spawn ratio r and recycled candidates."""
+    """How drafts are made."""
 
     mode: Mode = "jacobi"
     block_size: int = 16
+    """n: tokens of a Jacobi draft with the last accepted one, and of a block."""
     blocks: int = 2
+    """K: blocks in flight."""
     spawn_ratio: float = 0.85
+    """r: share of the first block that must be accepted before another one starts behind."""
     pool: int = 4
+    """Recycled n-grams verified beside the draft."""
+    gram: int = 4
+    """Most tokens of each: longer ones hardly add accepted tokens, but make every forward dearer."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("ar", "jacobi", "multiblock"):
             raise ValueError(f"unknown decoding mode {self.mode!r}; choose ar, jacobi or multiblock")
-        if self.block_size < 1 or self.blocks < 1 or not 0 <= self.spawn_ratio <= 1 or self.pool < 0:
+        if min(self.block_size, self.blocks, self.gram) < 1 or not 0 <= self.spawn_ratio <= 1 or self.pool < 0:
             raise ValueError(
-                f"{self}: block_size and blocks must be at least 1, spawn_ratio in [0, 1], pool at least 0"
+                f"{self}: block_size, blocks and gram must be at least 1, spawn_ratio in [0, 1], pool at least 0"
             )
 
     @property
@@ -48,8 +54,9 @@ class Drafting:
     @property
     def longest(self) -> int:
         """Most tokens of a row in one forward pass."""
-        draft = {"ar": 1, "jacobi": self.block_size, "multiblock": self.block_size * self.blocks}[self.mode]
-        return draft + self.candidates * (self.block_size - 1)
+        n = self.block_size
+        draft = {"ar": 0, "jacobi": n - 1, "multiblock": n * self.blocks}[self.mode]
+        return 1 + draft + self.candidates * self.gram
 
 
 AUTOREGRESSIVE, JACOBI = Drafting("ar"), Drafting("jacobi")
@@ -104,7 +111,7 @@ class Row:
     def __post_init__(self) -> None:
         self._context = np.array(self.prompt, dtype=np.int64)
         self._random = np.random.Generator(np.random.Philox(key=self.key))
-        self._pool = NgramPool(self.drafting.candidates, self.drafting.block_size - 1)
+        self._pool = NgramPool(self.drafting.candidates, self.drafting.gram)
         self._blocks: deque[int] = deque()  # Unaccepted tokens of each block in flight, the real-active one first.
 
     @property
@@ -201,7 +208,8 @@ class Row:
             spawn_below = n - int(self.drafting.spawn_ratio * n)
             if self._blocks[0] <= spawn_below and len(self._blocks) < self.drafting.blocks:
                 self._blocks.append(n)
-            wanted = sum(self._blocks)
+            # Never less than Jacobi's draft: what is left of the last block is also a guess at what follows it.
+            wanted = max(n - 1, sum(self._blocks))
         wanted = min(wanted, self.max_new_tokens - len(self.tokens))
         self.draft = list(kept[:wanted])
         if (missing := wanted - len(self.draft)) > 0:

@@ -4,14 +4,15 @@ Rows join and leave between forward passes; active rows always lie first in the 
 accepted token, its draft and its recycled candidates; the candidates are branches off the same cache, not copies of
 it. What a row proposes and accepts is in ``drafts.py``, the call people make is in ``decoding.py``.
 
-Per forward pass the host sends one array and reads one, the tokens the model chose; nothing is allocated that grows
-with what was written before, except the mask that attention itself needs.
+Per forward pass the host sends what is proposed and reads what the model chose. For a single request nothing is made
+anew whose size grows with what was written before; a batch makes the mask that attention needs.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ class Batch:
         self.active: list[Row] = []
         """Rows being decoded; row i lies in cache row i."""
         self._numbers = torch.arange(slots + widest, device=model.device)
+        self._written = slice(0, 0)  # columns of the single row's mask that are not zero
         static = model.device.type == "cuda" and rows <= GRAPH_ROWS if static is None else static
         self._graphs = Graphs(self._packed_forward, model.device) if static else None
         self._head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -125,24 +127,45 @@ class Batch:
         """The usual case, one request: its tokens fill consecutive slots, so little is to be said about them."""
         proposed = row.proposed
         last, width = row.last_slot, len(proposed)
-        slots = self._numbers[last : last + width]
-        keys = self._numbers[: last + width]
-        mask: torch.Tensor | None
-        if width == 1:
-            positions, mask = slots, None
-        elif not row.candidates:
-            positions, mask = slots, keys <= slots[:, None]
-        else:
+        positions = self._numbers[last : last + width]
+        mask: torch.Tensor | None = None
+        if row.candidates:
             positions = last + self._tensor(row.depths)
-            stem_end, own = self._tensor(last + row.own_ranges)[:, :, None]
-            mask = visible(torch.zeros_like(stem_end), stem_end, own, slots[:, None], keys)
-        layout = CachedRows(
-            self.cache, None, None, mask=self._additive(mask, (1, 1)), reach=last + width, first_slot=last
-        )
+            mask = self._mask_of_one(last, self._branches(row))
+        elif width > 1:
+            mask = self._mask_of_one(last, self._triangle[:width, :width])
+        layout = CachedRows(self.cache, None, None, mask=mask, reach=last + width, first_slot=last)
         logits = self._logits(torch.tensor([proposed], device=self.model.device), positions[None], layout)
         if row.sampling.temperature == 0:
             return [logits[0].argmax(-1).tolist()]
         return [self._choose(logits[0], [row], len(row.tokens) + row.depths[None])]
+
+    def _branches(self, row: Row) -> torch.Tensor:
+        """Who of the proposed tokens sees whom, to be added to the scores, [Q, Q]; all see the last accepted one."""
+        own = row.own_ranges[1]
+        number = np.arange(len(own))
+        seen = (number >= own[:, None]) & (number <= number[:, None]) | (number == 0)
+        return self._tensor(np.where(seen, 0.0, -np.inf)).to(self.model.dtype)
+
+    def _mask_of_one(self, last: int, own: torch.Tensor) -> torch.Tensor:
+        """[1, 1, Q, last + Q]: all before slot ``last`` is seen, and the proposed tokens see each other as in ``own``.
+
+        Written into one buffer that is kept zero elsewhere: a mask made anew would cost more the longer the response.
+        """
+        width = len(own)
+        self._mask[:, self._written] = 0
+        self._written = slice(last, last + width)
+        self._mask[:width, self._written] = own
+        return self._mask[None, None, :width, : last + width]
+
+    @cached_property
+    def _mask(self) -> torch.Tensor:
+        return torch.zeros((self.widest, self.cache.slots), dtype=self.model.dtype, device=self.model.device)
+
+    @cached_property
+    def _triangle(self) -> torch.Tensor:
+        whole = torch.full((self.widest, self.widest), -torch.inf, dtype=self.model.dtype, device=self.model.device)
+        return whole.triu(1)
 
     def _forward_all(self, rows: Sequence[Row]) -> list[list[int]]:
         """Any rows; also the static shapes that CUDA graphs need, where all that changes is ``packed``."""
@@ -185,7 +208,7 @@ class Batch:
             self.cache,
             self._numbers[:count].repeat_interleave(width, output_size=count * width),
             slots.flatten(),
-            mask=self._additive(mask, (count, 1)),
+            mask=self._additive(mask),
             reach=reach,
         )
         return self._logits(tokens, positions, layout)
@@ -196,12 +219,10 @@ class Batch:
         logits: torch.Tensor = out.logits
         return logits
 
-    def _additive(self, mask: torch.Tensor | None, lead: tuple[int, int]) -> torch.Tensor | None:
-        """A bool mask as [*lead, Q, K] to add to the scores; SDPA would make one of it in every layer."""
-        if mask is None:
-            return None
+    def _additive(self, mask: torch.Tensor) -> torch.Tensor:
+        """A bool mask [B, Q, K] as [B, 1, Q, K] to add to the scores; SDPA would make one of it in every layer."""
         zeros = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device)
-        return zeros.masked_fill_(~mask, -torch.inf).view(*lead, *mask.shape[-2:])
+        return zeros.masked_fill_(~mask, -torch.inf)[:, None]
 
     def _accept(self, i: int, row: Row, written: Sequence[int]) -> None:
         at, after, starts = 1 + len(row.draft), [], []

@@ -23,6 +23,7 @@ DRAFTINGS = (
     Drafting("multiblock", 8, blocks=2, spawn_ratio=0.5, pool=4),
     Drafting("multiblock", 6, blocks=3, spawn_ratio=0.0, pool=2),
     Drafting("multiblock", 4, blocks=1, pool=0),
+    Drafting("multiblock", 5, blocks=2, pool=3, gram=7),
 )
 
 
@@ -53,13 +54,14 @@ def test_every_mode_equals_ar(model: PreTrainedModel, drafting: Drafting, sampli
     blocks=st.integers(1, 3),
     spawn_ratio=st.floats(0, 1),
     pool=st.integers(0, 4),
+    gram=st.integers(1, 8),
     limit=st.integers(1, 40),
     mode=st.sampled_from(["jacobi", "multiblock"]),
 )
-def test_any_options_equal_ar(seed, lengths, block_size, blocks, spawn_ratio, pool, limit, mode) -> None:
+def test_any_options_equal_ar(seed, lengths, block_size, blocks, spawn_ratio, pool, gram, limit, mode) -> None:
     model = make_model("qwen2", seed % 3)
     prompts = random_prompts(lengths, seed)
-    drafting = Drafting(mode, block_size, blocks, spawn_ratio, pool)
+    drafting = Drafting(mode, block_size, blocks, spawn_ratio, pool, gram)
     got = generate(model, [p.tolist() for p in prompts], max_new_tokens=limit, end_ids=[END], drafting=drafting)
     assert [g.tokens for g in got] == oracle_responses(model, prompts, limit)
 
@@ -154,7 +156,7 @@ def test_rows_join_and_leave_while_others_run(qwen2: PreTrainedModel) -> None:
         for i, (p, drafting, sampling) in enumerate(zip(prompts, modes, kinds, strict=True))
     ]
     with branch_attention(qwen2), torch.inference_mode():
-        batch = Batch(qwen2, rows=3, slots=40, widest=24)
+        batch = Batch(qwen2, rows=3, slots=40, widest=32)
         batch.join(rows[:2])
         batch.step()
         batch.join(rows[2:3])
