@@ -208,7 +208,7 @@ class Batch:
             self.cache,
             self._numbers[:count].repeat_interleave(width, output_size=count * width),
             slots.flatten(),
-            mask=self._additive(mask),
+            mask=mask[:, None],
             reach=reach,
         )
         return self._logits(tokens, positions, layout)
@@ -218,11 +218,6 @@ class Batch:
         out = self.model(input_ids=tokens, position_ids=positions, use_cache=False, layout=layout)
         logits: torch.Tensor = out.logits
         return logits
-
-    def _additive(self, mask: torch.Tensor) -> torch.Tensor:
-        """A bool mask [B, Q, K] as [B, 1, Q, K] to add to the scores; SDPA would make one of it in every layer."""
-        zeros = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device)
-        return zeros.masked_fill_(~mask, -torch.inf)[:, None]
 
     def _accept(self, i: int, row: Row, written: Sequence[int]) -> None:
         at, after, starts = 1 + len(row.draft), [], []

@@ -57,7 +57,7 @@ class Graphs:
         buffer = packed.to(self._device, copy=True)
         if self._device.type != "cuda":
             return _Recorded(buffer, torch.empty(0), None)
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):

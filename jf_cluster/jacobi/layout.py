@@ -231,8 +231,8 @@ class CachedRows:
     @cached_property
     def bias(self) -> torch.Tensor | None:
         """The mask as what is added to scores; made once, where SDPA on CPU would make it in every layer."""
-        if self.mask is None:
-            return None
+        if self.mask is None or self.mask.is_floating_point():
+            return self.mask
         dtype = self.cache.keys[0].dtype
         return torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device).masked_fill_(~self.mask, -torch.inf)
 
