@@ -32,15 +32,10 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python cod
 
 
 def _load(model: str, dtype: str, device: str | None, threads: int | None, trust: bool) -> Loaded:
-    import torch
-
     from jf_cluster.inference.loaded import load
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust)
     from jf_cluster.jacobi.attention import check_model
 
+    loaded = load(model, dtype=dtype, device=device, threads=threads, trust_remote_code=trust)
     check_model(loaded.model)
     return loaded
 
@@ -169,17 +164,15 @@ def calibrate(
 
         from jf_cluster.inference.files import read_tasks
         from jf_cluster.inference.loaded import table
-        from jf_cluster.jacobi.calibration import calibrate, machine, store
+        from jf_cluster.jacobi.calibration import kept_in, machine, stored
 
-        if prompts is None:
-            choice = loaded.calibrate()
-        else:
-            tasks = read_tasks(prompts, loaded, column, template=loaded.has_template)
-            choice = calibrate(loaded.model, [t.ids for t in tasks], frozenset(loaded.end_ids))
-        kept = store(loaded.model, choice)
+        ids = None
+        if prompts is not None:
+            ids = [t.ids for t in read_tasks(prompts, loaded, column, template=loaded.has_template)]
+        choice = loaded.calibrate(ids)
         Console().print(table(choice, machine(loaded.model)))
         typer.echo(choice.explanation)
-        typer.echo(f"kept in {kept}" if kept else "not kept: the model's directory cannot be written")
+        typer.echo(f"kept in {kept_in(loaded.model)}" if stored(loaded.model) else "not kept")
 
 
 def serve(

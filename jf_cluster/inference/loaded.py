@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,9 @@ from jf_cluster.jacobi.calibration import AUTO, Choice, calibrate, describe, sto
 from jf_cluster.jacobi.drafts import Drafting
 from jf_cluster.jacobi.sampling import Sampling
 from jf_cluster.jacobi.text import Decode
-from jf_cluster.models import end_ids, load_checkpoint, tokenizer_of
+from jf_cluster.models import end_ids, load_checkpoint, tokenizer_of, use_cpu
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION_PROMPTS = (
     "What can you help me with?",
@@ -90,7 +93,10 @@ class Loaded:
         explanation = ""
         try:
             if mode == AUTO:
-                choice = stored(self.model) or self.calibrate()
+                choice = stored(self.model)
+                if choice is None:
+                    logger.info("measuring which decoding is fastest on this machine (once; see calibrate --help)")
+                    choice = self.calibrate()
                 kept = vars(choice.drafting) | given
                 explanation = choice.explanation
                 drafting = Drafting(**kept)
@@ -100,17 +106,32 @@ class Loaded:
             raise ConfigError(str(error)) from error
         return drafting, explanation if explanation and not given else describe(drafting)
 
-    def calibrate(self, prompts: Sequence[str] = CALIBRATION_PROMPTS) -> Choice:
-        """Measure what is fastest here for prompts like these, and keep it beside the model."""
-        choice = calibrate(
-            self.model, [self.chat([{"role": "user", "content": p}]) for p in prompts], frozenset(self.end_ids)
-        )
+    def calibrate(self, prompts: Sequence[Sequence[int]] | None = None) -> Choice:
+        """Measure what is fastest here for prompts like these (default: some of many kinds); keep it beside the model.
+
+        Raises:
+            ConfigError: none of the prompts fits the model's context.
+        """
+        ids = prompts or [self.chat([{"role": "user", "content": p}]) for p in CALIBRATION_PROMPTS]
+        try:
+            choice = calibrate(self.model, ids, frozenset(self.end_ids))
+        except ValueError as error:
+            raise ConfigError(f"{error}: calibrate with other ones, or choose a --mode") from error
         store(self.model, choice)
         return choice
 
 
-def load(path: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False) -> Loaded:
+def load(
+    path: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
     """Load the model ``path`` names, a directory or a hub id, on ``device`` (default: a GPU where there is one).
+
+    On a CPU the process computes with ``threads`` threads from now on (default: as many as torch would take).
 
     Raises:
         ModelError: model or tokenizer are missing or cannot be read, or no end token is known.
@@ -119,6 +140,8 @@ def load(path: str, *, dtype: str = "auto", device: str | None = None, trust_rem
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"unknown dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if place == "cpu":
+        use_cpu(threads or torch.get_num_threads())
     try:
         model = load_checkpoint(
             path,

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 from jinja2 import TemplateError
 from ray import serve
 from ray.serve.exceptions import RayServeException
@@ -80,12 +79,14 @@ class Replica:
     """One copy of the model and its HTTP answers."""
 
     def __init__(self, options: Options) -> None:
-        if not options.gpus:
-            torch.set_num_threads(options.threads or max(1, int(options.cpus)))
         self.options, self.begun = options, int(time.time())
         device = "cuda" if options.gpus else "cpu"
         self.loaded = load(
-            options.model, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
+            options.model,
+            dtype=options.dtype,
+            device=device,
+            threads=options.threads or max(1, int(options.cpus)),
+            trust_remote_code=options.trust_remote_code,
         )
         check_model(self.loaded.model)
         self.drafting, self.explanation = self.loaded.drafting(

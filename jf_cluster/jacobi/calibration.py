@@ -85,10 +85,15 @@ def calibrate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], end_ids:
     """Measure, and choose what should give the most tokens per second for single requests.
 
     Args:
-        prompts: like those to come; a few are enough. They must leave room for some response in the model's context.
+        prompts: like those to come; a few are enough.
+
+    Raises:
+        ValueError: none of them leaves room for a response in the model's context.
     """
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
     usable = [list(p) for p in prompts[:PROMPTS] if 0 < len(p) < context]
+    if not usable:
+        raise ValueError(f"none of the prompts leaves room for a response in the model's context of {context} tokens")
     length = int(statistics.median(map(len, usable)))
     times = forward_seconds(model, min(length, max(context - WIDTHS[-1], 1)))
     tried: dict[Drafting, Measured] = {}
@@ -162,7 +167,7 @@ def stored(model: PreTrainedModel) -> Choice | None:
 
 def store(model: PreTrainedModel, choice: Choice) -> Path | None:
     """Keep the choice beside the model in one atomic step; None where the model has no directory to write to."""
-    path = _path(model)
+    path = kept_in(model)
     if path is None:
         return None
     entries = _read(model)
@@ -199,13 +204,14 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _path(model: PreTrainedModel) -> Path | None:
+def kept_in(model: PreTrainedModel) -> Path | None:
+    """File beside the model that choices are kept in; None for a model that was not loaded from a directory."""
     directory = Path(model.name_or_path or "/nowhere")
     return directory / FILE if (directory / "config.json").is_file() else None
 
 
 def _read(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    path = _path(model)
+    path = kept_in(model)
     if path is None or not path.is_file():
         return {}
     try:

@@ -85,4 +85,6 @@ def test_a_model_that_lost_accuracy_is_marked(
     good = ModeResult(**{**base.ar.model_dump(), "accuracy": 1.0})
     path.write_text(base.model_copy(update={"ar": good}).model_dump_json())
     evaluation = evaluate_round(again, 1, Tracker.open(again))
+    card = (Path(again.model_dir(1)) / "README.md").read_text()
+    assert f"| round 1 | jacobi | {evaluation.jacobi.tpf:.2f} | {evaluation.jacobi.tps:.0f} |" in card
     assert evaluation.failed and evaluation.accuracy_drop == pytest.approx(1.0 - (evaluation.ar.accuracy or 0.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,24 @@ def test_wrong_input_is_named_and_nothing_is_written(
     (tmp_path / "in.jsonl").write_text(content)
     code, said = run("generate", str(directory), str(tmp_path / "in.jsonl"), str(tmp_path / "out"), *options)
     assert code == 2 and message in said and not (tmp_path / "out").exists()
+
+
+def test_calibrating_shows_what_was_measured_and_auto_uses_it(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("TOKENS", 12), ("BLOCK_SIZES", (4,)), ("BLOCKS", (2,)), ("POOLS", (2,))):
+        monkeypatch.setattr(f"jf_cluster.jacobi.calibration.{name}", value)
+    model = shutil.copytree(directory, tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("One\nAnother one\n")
+    code, said = run("calibrate", str(model), "--prompts", str(tmp_path / "prompts.txt"))
+    assert code == 0, said
+    assert "jacobi, block size 4" in said and "tokens/s" in said and f"kept in {model}" in said.replace("\n", "")
+    (entry,) = json.loads((model / "decoding.json").read_text()).values()
+    code, said = run("generate", str(model), str(tmp_path / "prompts.txt"), str(tmp_path / "out.jsonl"))
+    assert code == 0 and f"decoding: {entry['explanation']}" in said, said
+    (tmp_path / "prompts.txt").write_text("z" * 300 + "\n")
+    code, said = run("calibrate", str(model), "--prompts", str(tmp_path / "prompts.txt"))
+    assert code == 2 and "none of the prompts leaves room" in said
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:

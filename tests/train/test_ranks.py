@@ -120,6 +120,8 @@ def test_the_export_is_the_gathered_weights_and_loads_in_transformers(
 ) -> None:
     gathered, _ = ranks.call(gathered_after_export, 2, sealed.model_dump_json(), str(tmp_path / "export"))
     assert len(list((tmp_path / "export").glob("model-*-of-*.safetensors"))) > 1
+    assert (tmp_path / "export" / "custom_generate" / "generate.py").is_file()
+    assert "Not evaluated yet." in (tmp_path / "export" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.use_cache
     loaded = dict(model.named_parameters())
