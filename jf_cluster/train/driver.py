@@ -198,9 +198,10 @@ def _write_summary(config: Config, job: RankJob, path: Path, seconds: float) -> 
 
 def _publish(partial: Path, target: Path) -> None:
     """Flush everything under ``partial`` to disk and give it its name in one step."""
-    for file in partial.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
     partial.rename(target)
     descriptor = os.open(target.parent, os.O_RDONLY)
     try:
