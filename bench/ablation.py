@@ -49,9 +49,9 @@ class Recipe:
 class Effort:
     """How much every cell gets: what makes it minutes on one core."""
 
-    prompts: int = 384
+    prompts: int = 512
     """Fresh prompts a round."""
-    steps: int = 75
+    steps: int = 150
     """Optimizer steps a round."""
     step_tokens: int = 2560
     """Tokens of one step, one micro-batch."""

@@ -18,12 +18,16 @@ def main() -> None:
     p.add_argument("--published-prompts", type=int, default=8, help="the published side handles this many of them")
     p.add_argument("--block-size", type=int, default=16)
     p.add_argument("--max-new-tokens", type=int, default=192)
+    p.set_defaults(repeats=3)
     args = p.parse_args()
     use_threads(args.threads)
     model = tiny_inputs.load(args.model, args.device)
     prompts, end = tiny_inputs.prompts(args.model, args.prompts)
     keys = range(len(prompts))
     responses = generate_responses(model, prompts, max_new_tokens=args.max_new_tokens, end_ids=[end])
+
+    traces = trace(model, prompts, [r.tokens for r in responses], block_size=args.block_size, keys=keys)
+    response_tokens = sum(len(r.tokens) for r in responses)
 
     def ours_generation() -> None:
         generate_responses(model, prompts, max_new_tokens=args.max_new_tokens, end_ids=[end])
@@ -54,7 +58,11 @@ def main() -> None:
         "same_responses": f"{same} of {args.published_prompts}",
         "median_trajectories_per_s_ours": median(ours_rate),
         "median_trajectories_per_s_published": median(their_rate),
-        "response_tokens": sum(len(r.tokens) for r in responses),
+        "response_tokens": response_tokens,
+        # What the model has to forward for the trajectories: about n / 2 where it is far from decoding in parallel.
+        "noisy_tokens_per_response_token": sum(len(t.tails) for t in traces) / response_tokens,
+        "median_s_generation": median(seconds["generation"]),
+        "median_s_trajectories": median(seconds["trajectories"]),
         "block_size": args.block_size,
     }
     report("collect: ours against the published procedure", figures, args.json)

@@ -90,8 +90,8 @@ class CollectConfig(Section):
     """Who writes the responses the trajectories lead to (DESIGN.md, "Whose responses")."""
     block_size: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16,)
     """Block size n of each round; the last one serves all later rounds."""
-    forward_tokens: Positive = 8192
-    """Most tokens in one forward pass while trajectories are iterated."""
+    forward_tokens: Positive = 2048
+    """Most tokens in one forward pass while trajectories are iterated; a GPU wants tens of thousands."""
     shard_bytes: Positive = 64 * 1024 * 1024
     """A shard is closed when it holds about this many bytes."""
     commit_every_s: Annotated[float, Field(ge=0)] = 30.0

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import torch
 
-from jf_cluster.train.plan import TrainingPlan
+from jf_cluster.config import Config
+from jf_cluster.train.batches import BatchSource
+from jf_cluster.train.plan import MicroBatch, TrainingPlan
+from tests.train.conftest import seal
+from trajectory_store import TrajectoryStore
 
 LENGTHS = np.random.default_rng(0).integers(10, 100, 57)
 
@@ -57,3 +64,25 @@ def test_a_long_run_keeps_only_a_few_windows_in_memory() -> None:
     assert len(one._drawn) < 8 * 4 + 8
     assert one.step(499) == plan(window=4).step(499)
     assert one.step(0) == plan(window=4).step(0)
+
+
+def test_the_plan_fills_its_micro_batches() -> None:
+    """Lengths as problems' solutions have them: padding under 5%, the last micro-batch of every window included."""
+    mix = np.minimum(np.random.default_rng(1).lognormal(5.3, 0.3, 1600), 1500).astype(np.int64)
+    full = TrainingPlan(len(mix), lambda epoch, rows: mix[rows], 0, token_budget=2560, micro_batches_per_step=2)
+    steps = [full.step(s) for s in range(100)]
+    tokens = sum(int(mix[list(m.rows)].sum()) for step in steps for m in step)
+    assert tokens / (100 * 2 * 2560) > 0.95
+
+
+def test_lengths_are_those_of_the_batches_built_later(configured: Callable[..., Config]) -> None:
+    config = configured()
+    config = config.model_copy(update={"noise": config.noise.model_copy(update={"schedule": "random"})})
+    seal(config)
+    reader = TrajectoryStore(config.store_url).round(1).reader()
+    source = BatchSource(reader, config, 1, torch.device("cpu"))
+    rows = np.arange(len(reader))
+    for epoch in (0, 1):
+        built = [source.batch(MicroBatch(epoch, (row,))).total_tokens for row in rows.tolist()]
+        assert source.lengths(epoch, rows).tolist() == built
+    assert source.lengths(0, rows).tolist() != source.lengths(1, rows).tolist()

@@ -1,0 +1,75 @@
+"""The other side of the benchmarks is the same computation, and the ablation's bookkeeping is right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from bench import published
+from bench.ablate import DEFAULT, DirectoryOfAnotherAblationError, cell_name, open_directory, table, wanted, write_json
+from bench.ablation import Effort, Outcome
+from jf_cluster.jacobi.attention import branch_attention
+from jf_cluster.jacobi.loss import forcing_loss
+from jf_cluster.jacobi.packing import collate
+from jf_cluster.jacobi.samples import Noise, build_sample
+from jf_cluster.jacobi.trajectories import trace
+from trajectory_store import Trajectory
+
+from .conftest import END, VOCABULARY, oracle_responses, random_prompts
+
+BLOCK = 4
+
+
+@pytest.mark.parametrize("window", [1, 2, 0])
+def test_the_published_layout_has_the_same_loss_and_gradient(qwen2: PreTrainedModel, window: int) -> None:
+    prompts = random_prompts([5, 9, 1])
+    responses = [np.array(r, dtype=np.int32) for r in oracle_responses(qwen2, prompts, 18)]
+    responses.append(np.random.default_rng(0).integers(0, VOCABULARY, 21).astype(np.int32))
+    prompts.append(prompts[0])
+    traces = trace(qwen2, prompts, responses, block_size=BLOCK, keys=range(4))
+    samples = [
+        build_sample(
+            Trajectory(str(i), p.astype(np.int32), r, r[-1] == END, t.iterations, t.accepted, t.tails),
+            BLOCK,
+            Noise(window=window),
+            np.random.default_rng(i),
+        )
+        for i, (p, r, t) in enumerate(zip(prompts, responses, traces, strict=True))
+    ]
+    laid_out = [published.interleave(s, BLOCK, window, torch.device("cpu")) for s in samples]
+    for s, r, layout in zip(samples, responses, laid_out, strict=True):
+        assert layout.tokens.shape[1] == s.prompt_length + 2 * BLOCK * -(-len(r) // BLOCK)
+    qwen2.zero_grad()
+    theirs = published.training_loss(qwen2, laid_out, 10.0)
+    gradients = [p.grad.clone() for p in qwen2.parameters()]
+    qwen2.zero_grad()
+    with branch_attention(qwen2):
+        ours = forcing_loss(qwen2, collate(samples)).total(10.0)
+        ours.backward()
+    assert ours.item() == pytest.approx(theirs, rel=1e-5)
+    for p, gradient in zip(qwen2.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=2e-4, rtol=2e-3)
+
+
+def test_ablation_cells_have_names_of_their_own_and_fill_the_table(tmp_path: Path) -> None:
+    cells = list(wanted(2))
+    names = [cell_name(recipe, seed) for recipe, seed in cells]
+    assert len(set(names)) == len(cells) and cells[0] == (DEFAULT, 0)
+    for seed in range(2):
+        outcome = Outcome(2.0 + seed, 0.95, 1.5, (1.5, 2.0 + seed), (0.97, 0.95), 60.0)
+        write_json(tmp_path / f"{cell_name(DEFAULT, seed)}.json", {"outcome": outcome.__dict__})
+    page = table(tmp_path, 2, (1.0, 0.98), Effort())
+    assert "| 1 (default) | 2.50 | 2.00 to 3.00 | 95.0% | 1.50 | 0.50 | 1.50, 97.0% | 2 |" in page
+    assert "| reused | not run" in page
+
+
+def test_ablations_of_different_effort_are_not_mixed(tmp_path: Path) -> None:
+    open_directory(tmp_path / "cells", Effort(), "some/base")
+    open_directory(tmp_path / "cells", Effort(), "other/base")
+    with pytest.raises(DirectoryOfAnotherAblationError, match="name another"):
+        open_directory(tmp_path / "cells", replace(Effort(), steps=1), "some/base")
