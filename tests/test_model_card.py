@@ -15,7 +15,7 @@ def evaluation(round_number: int, tpf: float) -> Evaluation:
     return Evaluation(
         round=round_number, model_hash="x", prompts=240, rejected=0, speed_prompts=24, ar=result(1.0),
         jacobi=result(tpf), multiblock=result(tpf + 0.5), agreement_with_base=0.944, responses_same_as_base=0.5,
-        unfinished=0, accuracy_drop=0.0, failed=False, seconds=1.0, responses={},
+        unfinished=0, accuracy_drop=0.0, passed=True, reason="", seconds=1.0, responses={},
     )  # fmt: skip
 
 

@@ -15,7 +15,15 @@ from jf_cluster.collect.dispatch import Dispatcher, Done, GivenUp, Lost
 from jf_cluster.collect.graders import extract, is_right
 from jf_cluster.collect.prompts import Prompt, held_out_prompts, unusable
 from jf_cluster.config import Config
-from jf_cluster.evaluate.evaluation import MODES, Evaluation, Mode, ModeResult, load_evaluation, save_evaluation
+from jf_cluster.evaluate.evaluation import (
+    MODES,
+    Evaluation,
+    Mode,
+    ModeResult,
+    judge,
+    load_evaluation,
+    save_evaluation,
+)
 from jf_cluster.evaluate.worker import Answer, Evaluator
 from jf_cluster.model_card import write_card
 from jf_cluster.models import ModelError, load_tokenizer, model_hash
@@ -63,7 +71,7 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker) -> Evalu
         )
         path = save_evaluation(config, evaluation)
         _tell_on_the_card(config, evaluation, base)
-        stage.tags({"model_hash": evaluation.model_hash, "failed": evaluation.failed})
+        stage.tags({"model_hash": evaluation.model_hash, "passed": evaluation.passed, "verdict": evaluation.reason})
         stage.metrics(_metrics(evaluation))
         stage.artifact(path)
     jacobi = evaluation.jacobi
@@ -73,11 +81,8 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker) -> Evalu
         *(round_number, evaluation.seconds, _percent(evaluation.ar.accuracy), jacobi.tpf),
         *(evaluation.speedup("jacobi"), evaluation.agreement_with_base, path),
     )
-    if evaluation.failed:
-        logger.warning(
-            "model %d lost %.1f points of accuracy against the base, more than evaluate.max_accuracy_drop allows",
-            *(round_number, 100 * (evaluation.accuracy_drop or 0.0)),
-        )
+    if not evaluation.passed:
+        logger.warning("model %d failed: %s", round_number, evaluation.reason)
     return evaluation
 
 
@@ -155,9 +160,8 @@ def _judged(
         )
 
     ar = result("ar")
-    drop = None
-    if ar.accuracy is not None:
-        drop = (base.ar.accuracy or 0.0) - ar.accuracy if base is not None else 0.0
+    expected = (base.ar if base is not None else ar).accuracy
+    passed, reason = judge(ar.accuracy, expected, config.evaluate.max_accuracy_drop)
     return Evaluation(
         round=round_number,
         model_hash=model_hash(config.model_dir(round_number)),
@@ -170,8 +174,9 @@ def _judged(
         agreement_with_base=_share(extract(grader, texts[i]) == extract(grader, base_texts[i]) for i in shared),
         responses_same_as_base=_share(texts[i] == base_texts[i] for i in shared),
         unfinished=sum(not answers["ar"][p.prompt_id].finished for p in answered),
-        accuracy_drop=drop,
-        failed=drop is not None and drop > config.evaluate.max_accuracy_drop,
+        accuracy_drop=None if ar.accuracy is None or expected is None else expected - ar.accuracy,
+        passed=passed,
+        reason=reason,
         seconds=seconds,
         responses=texts,
     )

@@ -50,8 +50,10 @@ class Evaluation(_Frozen):
     """AR responses cut at the length limit."""
     accuracy_drop: float | None
     """Accuracy of the base minus this model's, AR."""
-    failed: bool
-    """Whether accuracy fell by more than ``evaluate.max_accuracy_drop``."""
+    passed: bool
+    """False where accuracy fell by more than ``evaluate.max_accuracy_drop``; such a model never becomes champion."""
+    reason: str
+    """Why it passed or failed, in one sentence with the figures and the margin."""
     seconds: float
     responses: dict[str, str]
     """AR response of each held-out prompt, by prompt id."""
@@ -64,6 +66,24 @@ class Evaluation(_Frozen):
     def speedup(self, name: Mode) -> float:
         """Tokens per second of a mode over this model's AR."""
         return self.mode(name).tps / self.ar.tps if self.ar.tps else 0.0
+
+
+def judge(accuracy: float | None, base: float | None, margin: float) -> tuple[bool, str]:
+    """Say whether a model passes the gate, and why: its accuracy may fall below the base's by at most ``margin``.
+
+    Accuracies are shares in [0, 1]; None (no grader) passes, because nothing says that it fell.
+    """
+    if accuracy is None or base is None:
+        return True, "not graded: without prompts.grader nothing says whether accuracy fell"
+    # Shares of a few hundred prompts: 0.96 - 0.94 must not exceed 0.02 by a rounding error.
+    passed = accuracy - base >= -margin - 1e-9
+    change = f"accuracy {100 * accuracy:.1f}%, the base's {100 * base:.1f}%"
+    if passed:
+        return True, f"{change}: within the {100 * margin:.1f} points that evaluate.max_accuracy_drop allows"
+    return False, (
+        f"{change}: a loss of {100 * (base - accuracy):.1f} points, more than the {100 * margin:.1f} that "
+        "evaluate.max_accuracy_drop allows"
+    )
 
 
 def evaluation_path(config: Config, round_number: int) -> Path:

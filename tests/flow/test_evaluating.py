@@ -12,7 +12,7 @@ from jf_cluster.collect.prompts import held_out_prompts
 from jf_cluster.config import Config
 from jf_cluster.evaluate import evaluate_round, load_evaluation
 from jf_cluster.evaluate.evaluating import EvaluateError
-from jf_cluster.evaluate.evaluation import Evaluation, ModeResult, evaluation_path
+from jf_cluster.evaluate.evaluation import Evaluation, ModeResult, evaluation_path, judge
 from jf_cluster.jacobi.responses import generate_responses
 from jf_cluster.models import end_ids, load_model, load_tokenizer
 from jf_cluster.tracking import Tracker
@@ -41,6 +41,7 @@ def test_responses_and_accuracy_are_the_models(evaluated: tuple[Config, Evaluati
     assert base.responses == {p.prompt_id: text for p, text in zip(prompts, texts, strict=True)}
     right = sum(is_right("gsm8k", text, p.answer) for p, text in zip(prompts, texts, strict=True))
     assert base.ar.accuracy == right / 12
+    assert base.passed
     assert base.unfinished == sum(not r.finished for r in written)
 
 
@@ -87,4 +88,13 @@ def test_a_model_that_lost_accuracy_is_marked(
     evaluation = evaluate_round(again, 1, Tracker.open(again))
     card = (Path(again.model_dir(1)) / "README.md").read_text()
     assert f"| round 1 | jacobi | {evaluation.jacobi.tpf:.2f} | {evaluation.jacobi.tps:.0f} |" in card
-    assert evaluation.failed and evaluation.accuracy_drop == pytest.approx(1.0 - (evaluation.ar.accuracy or 0.0))
+    assert not evaluation.passed and "more than the 2.0 that evaluate.max_accuracy_drop allows" in evaluation.reason
+    assert evaluation.accuracy_drop == pytest.approx(1.0 - (evaluation.ar.accuracy or 0.0))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "base", "passed"),
+    [(0.94, 0.96, True), (0.93, 0.96, False), (1.0, 0.5, True), (None, None, True), (0.0, 0.02, True)],
+)
+def test_the_gate_allows_the_margin_and_no_more(accuracy: float | None, base: float | None, passed: bool) -> None:
+    assert judge(accuracy, base, 0.02)[0] is passed
