@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Recipe]] = {
     "schedule (window 4)": {
         s: replace(DEFAULT, window=4, schedule=s) for s in ("progressive", "reverse", "random", "constant")
     },
-    "next-token weight": {f"{w:g}": replace(DEFAULT, ar_weight=w) for w in (2.0, 5.0, 10.0, 20.0)},
+    "next-token weight": {f"{w:g}": replace(DEFAULT, ar_weight=w) for w in (5.0, 10.0, 20.0, 40.0)},
     "block size by round": {
         "16, 16": DEFAULT,
         "8, 16": replace(DEFAULT, block_sizes=(8, 16)),
@@ -103,8 +103,9 @@ def table(cells: Path, seeds: int, base: tuple[float, float], effort: Effort) ->
         f"held-out problems. The base model has {base[0]:.2f} tokens per forward and {base[1]:.1%} right answers. "
         f"*TPF gained per point* is what tokens per forward rose over the base for each percentage point of accuracy "
         f"lost (at least half a point is counted: fewer cannot be told apart on {effort.held_out} problems). Ranges "
-        "are over seeds. The default is window 1, noise ratio from 0.25 to 1, next-token weight 10, n = 16, "
-        "regenerated trajectories, responses by the base.",
+        f"are over seeds. The default is window {DEFAULT.window}, noise ratio from {DEFAULT.t_min:g} to 1, next-token "
+        f"weight {DEFAULT.ar_weight:g}, n = {DEFAULT.block_sizes[0]}, {DEFAULT.trajectories} trajectories and "
+        f"responses by the {DEFAULT.responses}.",
         "",
     ]
     for choice, variants in VARIANTS.items():

@@ -37,7 +37,7 @@ class Recipe:
     window: int = 1
     schedule: Literal["progressive", "reverse", "random", "constant"] = "progressive"
     t_min: float = 0.25
-    ar_weight: float = 10.0
+    ar_weight: float = 20.0
     block_sizes: tuple[int, ...] = (16, 16)
     """Block size of each round; as many rounds as sizes."""
     trajectories: Literal["regenerated", "reused"] = "regenerated"
@@ -49,9 +49,9 @@ class Recipe:
 class Effort:
     """How much every cell gets: what makes it minutes on one core."""
 
-    prompts: int = 512
+    prompts: int = 384
     """Fresh prompts a round."""
-    steps: int = 150
+    steps: int = 100
     """Optimizer steps a round."""
     step_tokens: int = 2560
     """Tokens of one step, one micro-batch."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -43,13 +44,17 @@ def bare_forward_s(model: PreTrainedModel, length: int, tokens: int, repeats: in
 
 def main() -> None:
     p = parser(__doc__ or "")
-    p.add_argument("--model", default=str(tiny_inputs.TINY), help="a trained round's export; the base shows no gain")
+    p.add_argument(
+        "--model", default=str(tiny_inputs.trained()), help="a trained round's export; the base shows no gain"
+    )
     p.add_argument("--prompts", type=int, default=16)
     p.add_argument("--max-new-tokens", type=int, default=192)
     p.add_argument("--block-sizes", type=int, nargs="+", default=[8, 16, 32])
     p.add_argument("--blocks", type=int, default=2)
     p.add_argument("--pool", type=int, default=4)
     p.add_argument("--low-dtype", choices=["none", "bfloat16", "float16"], default="bfloat16")
+    p.add_argument("--low-prompts", type=int, default=64, help="prompts decoded in it")
+    p.set_defaults(repeats=3)
     args = p.parse_args()
     use_threads(args.threads)
     model = tiny_inputs.load(args.model, args.device)
@@ -126,6 +131,7 @@ def main() -> None:
         "ratio_tps_vs_hf_generate": speed(best, "hf_generate"),
         "ratio_tps_vs_hf_prompt_lookup": speed(best, "hf_prompt_lookup"),
         "ratio_ar_vs_hf_generate": speed("ar", "hf_generate"),
+        "model": Path(args.model).name,
         "best": best,
         "exact": str(all([g.tokens for g in made[m]] == [g.tokens for g in made["ar"]] for m in made)),
     }
@@ -135,7 +141,7 @@ def main() -> None:
             figures[f"tpf_{name}"] = tpf(name)
     if args.low_dtype != "none":
         model.to(getattr(torch, args.low_dtype))
-        batch = [prompt.tolist() for prompt in prompts]
+        batch = [prompt.tolist() for prompt in tiny_inputs.prompts(args.model, args.low_prompts)[0]]
         options = {"max_new_tokens": args.max_new_tokens, "end_ids": [end]}
         low = [g.tokens for g in generate(model, batch, drafting=AUTOREGRESSIVE, **options)]
         for mode in ("jacobi", "multiblock"):

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bench import tiny_inputs
-from bench.measure import parser, report
+from bench.measure import parser, report, use_threads
 from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.drafts import Drafting, Row
 from jf_cluster.jacobi.engine import Batch
@@ -59,7 +59,7 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=4096)
     p.add_argument("--block-size", type=int, default=16)
     args = p.parse_args()
-    torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     config = AutoConfig.from_pretrained(args.model)
     config.max_position_embeddings = max(config.max_position_embeddings, args.tokens + 512)
     model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32).eval().to(args.device)

@@ -13,6 +13,14 @@ from jf_cluster.tiny.problems import problem
 
 TINY = Path(__file__).parent.parent / "jf_cluster" / "tiny" / "base"
 
+RUN = Path("runs/tiny/models")
+"""Where ``make train`` puts the trained models."""
+
+
+def trained() -> Path:
+    """The newest round's export of the embedded run under the working directory; the base where there is none yet."""
+    return max(RUN.glob("round-[0-9][0-9][0-9]"), default=TINY)
+
 
 def load(path: str | Path, device: str) -> PreTrainedModel:
     """A model in float32, ready to decode."""
