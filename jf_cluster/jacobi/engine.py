@@ -45,7 +45,7 @@ class Batch:
         self.cache = KeyValueCache(model.config, rows, slots + widest, dtype=model.dtype, device=model.device)
         self.active: list[Row] = []
         """Rows being decoded; row i lies in cache row i."""
-        self._numbers = torch.arange(slots + widest, device=model.device)
+        self._numbers = torch.arange(max(slots + widest, rows), device=model.device)
         self._written = slice(0, 0)  # columns of the single row's mask that are not zero
         static = model.device.type == "cuda" and rows <= GRAPH_ROWS if static is None else static
         self._graphs = Graphs(self._packed_forward, model.device) if static else None

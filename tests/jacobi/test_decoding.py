@@ -66,6 +66,13 @@ def test_any_options_equal_ar(seed, lengths, block_size, blocks, spawn_ratio, po
     assert [g.tokens for g in got] == oracle_responses(model, prompts, limit)
 
 
+@pytest.mark.parametrize("drafting", [AUTOREGRESSIVE, Drafting("jacobi", 3)], ids=str)
+def test_more_rows_than_slots(qwen2: PreTrainedModel, drafting: Drafting) -> None:
+    prompts = random_prompts([2] * 40)
+    made = generate(qwen2, [p.tolist() for p in prompts], max_new_tokens=4, end_ids=[END], drafting=drafting)
+    assert [g.tokens for g in made] == oracle_responses(qwen2, prompts, 4)
+
+
 def test_ar_is_one_token_a_forward_and_parallel_modes_are_counted_alike(qwen2: PreTrainedModel) -> None:
     prompts = [p.tolist() for p in random_prompts([5, 9])]
     for drafting in (AUTOREGRESSIVE, Drafting("multiblock", 8, pool=4)):
