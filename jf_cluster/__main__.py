@@ -1,10 +1,12 @@
-"""``python -m jf_cluster``: the local cluster, the dashboard, the table, the configuration, and using a model."""
+"""``python -m jf_cluster``: the local cluster, status, dashboard, table, configuration, and using a model."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +23,9 @@ cluster_app = typer.Typer(
 app.add_typer(cluster_app, name="cluster")
 for use in (inference.chat, inference.generate, inference.serve, inference.calibrate):
     app.command()(use)
+
+SCRIPT_WIDTH = 150
+"""Columns where the output is not a terminal."""
 
 RunsDir = Annotated[Path, typer.Option(help="Where the head's process id and log are kept.")]
 
@@ -65,6 +70,34 @@ def report(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG) -> 
         from jf_cluster.report import print_table, write_report
 
         print_table(write_report(settings))
+
+
+@app.command()
+def status(
+    overrides: Overrides = None,
+    config: ConfigPath = DEFAULT_CONFIG,
+    once: Annotated[bool, typer.Option("--once", help="Print it once and end, for scripts.")] = False,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between refreshes.")] = 2.0,
+) -> None:
+    """Show what the run is doing, what is done and left, and its last errors; Ctrl-C ends it."""
+    with clear_errors():
+        settings = load(config, overrides)
+        if not settings.run_dir.is_dir():
+            raise ConfigError(f"there is no run in {settings.run_dir}; start it with: make train")
+        from rich.console import Console
+        from rich.live import Live
+
+        from jf_cluster.status import StatusReader, rendered
+
+        reader = StatusReader(settings)
+        if once:
+            console = Console()
+            Console(width=console.width if console.is_terminal else SCRIPT_WIDTH).print(rendered(reader.read()))
+            return
+        with contextlib.suppress(KeyboardInterrupt), Live(rendered(reader.read()), auto_refresh=False) as live:
+            while True:
+                time.sleep(every)
+                live.update(rendered(reader.read()), refresh=True)
 
 
 @app.command()

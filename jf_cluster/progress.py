@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,12 +14,16 @@ logger = logging.getLogger(__name__)
 
 LINE_EVERY_S = 15.0
 
+Tell = Callable[[str, int, int, float, str], None]
+"""Told of every advance: unit, done, total, per second, note."""
+
 
 class Meter:
     """Counts what is done of a total and says how fast it goes and how long it still takes."""
 
-    def __init__(self, label: str, total: int, done: int, bar: Progress | None) -> None:
+    def __init__(self, label: str, total: int, done: int, bar: Progress | None, tell: Tell | None) -> None:
         self.label, self.total, self.done = label, total, done
+        self._tell = tell
         self.begun = self._said_at = time.monotonic()
         self._before = done
         self._bar = bar
@@ -33,6 +37,8 @@ class Meter:
     def advance(self, count: int, note: str = "") -> None:
         """Count items as done; ``note`` stands beside the rate."""
         self.done += count
+        if self._tell is not None:
+            self._tell("prompts", self.done, self.total, self.per_second, note)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, rate=f"{self.per_second:.1f}/s {note}")
         elif time.monotonic() - self._said_at >= LINE_EVERY_S or self.done >= self.total:
@@ -44,17 +50,17 @@ class Meter:
                 self.done,
                 self.total,
                 self.per_second,
-                _span(left_s),
+                span(left_s),
                 note,
             )
 
 
 @contextlib.contextmanager
-def meter(label: str, total: int, done: int = 0) -> Iterator[Meter]:
+def meter(label: str, total: int, done: int = 0, tell: Tell | None = None) -> Iterator[Meter]:
     """Show progress while the context lasts."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Meter(label, total, done, None)
+        yield Meter(label, total, done, None, tell)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -66,10 +72,11 @@ def meter(label: str, total: int, done: int = 0) -> Iterator[Meter]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        yield Meter(label, total, done, bar)
+        yield Meter(label, total, done, bar, tell)
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """A length of time for people."""
     if seconds == float("inf"):
         return "unknown time"
     minutes, rest = divmod(round(seconds), 60)

@@ -21,6 +21,7 @@ from jf_cluster.evaluate import evaluate_round, load_evaluation
 from jf_cluster.models import resolve
 from jf_cluster.preflight import check
 from jf_cluster.report import log_report, print_table, write_report
+from jf_cluster.run_log import kept_log
 from jf_cluster.tracking import Tracker
 from jf_cluster.train import train_round
 from trajectory_store import TrajectoryStore
@@ -168,7 +169,7 @@ def opened(config: Config) -> Iterator[Rounds]:
     """
     resolve(config.model.base)
     check(config)
-    with _claimed(config), Tracker.open(config) as tracker, ExitStack() as ray:
+    with _claimed(config), kept_log(config.run_dir), Tracker.open(config) as tracker, ExitStack() as ray:
         tracker.close_abandoned()
         yield Rounds(config, tracker, ray)
 

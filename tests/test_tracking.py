@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import sqlite3
+import time
 from pathlib import Path
 
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-import jf_cluster.tracking
 from jf_cluster.config import Config
-from jf_cluster.tracking import StageRun, Tracker
+from jf_cluster.tracking import StageRun, Tracker, stage_run, system
 
 
 def config_of(directory: Path, uri: str | None = None) -> Config:
@@ -44,13 +45,13 @@ def test_a_resumed_stage_continues_its_run(tmp_path: Path) -> None:
     report.write_text("text")
     with again.stage(1, "collect") as second:
         assert run_of(again, second.run_id).info.status == "RUNNING"
-        assert second.last_step("a") == 3
+        assert second.steps_of("a") == {3}
         second.metrics({"a": 2.0}, step=4)
         second.params({"x": {"y": 2}})
         second.artifact(report)
     run = run_of(again, second.run_id)
     assert second.run_id == first.run_id and run.info.status == "FINISHED"
-    assert run.data.metrics == {"a": 2.0}
+    assert run.data.metrics["a"] == 2.0
     assert run.data.params == {"x.y": "1"} and run.data.tags["changed.x.y"] == "2"
     assert run.data.tags["mlflow.parentRunId"] == again.run_id
     assert list((tmp_path / "mlartifacts").rglob("report.txt"))
@@ -64,27 +65,75 @@ def test_a_run_directory_made_anew_gets_runs_of_its_own(tmp_path: Path) -> None:
     assert Tracker.open(config_of(tmp_path)).run_id != first.run_id
 
 
-def _write(directory: str, worker: int) -> None:
+POINTS = 12
+WRITERS = ("rank-0", "rank-1", "actor-0", "actor-1", "actor-2", "actor-3")
+
+
+def _write(directory: str, writer: str) -> None:
+    """What a rank or an actor would do at its worst: a request for every point, all writers at the same time."""
     tracker = Tracker.open(config_of(Path(directory)))  # the first to come creates the data base, all at once
-    with tracker.stage(1, "train") as stage:
-        attached = StageRun.attach(stage.uri, stage.run_id, stage.journal)
-        for step in range(20):
-            attached.metrics({f"worker-{worker}": step}, step=step)
+    run = StageRun.attach(tracker.uri, tracker.run_id, Path(directory) / f"{writer}.jsonl")
+    for step in range(POINTS):
+        begun = time.perf_counter()
+        run.metrics({f"{writer}/value": step})
+        run.flush()
+        run.metrics({f"{writer}/seconds": time.perf_counter() - begun}, step=step)
+        run.flush()
 
 
-def test_processes_that_start_at_once_share_store_and_runs(tmp_path: Path) -> None:
+def test_many_writers_neither_corrupt_nor_slow_the_store(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_write, args=(str(tmp_path), worker)) for worker in range(3)]
+    processes = [context.Process(target=_write, args=(str(tmp_path), writer)) for writer in WRITERS]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=300)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in processes] == [0] * len(WRITERS)
     tracker = Tracker.open(config_of(tmp_path))
-    runs = MlflowClient(tracker.uri).search_runs([tracker.experiment_id], "tags.`jf_cluster.stage` = 'train'")
-    recorded = {name: value for run in runs for name, value in run.data.metrics.items()}
-    assert recorded == {"worker-0": 19.0, "worker-1": 19.0, "worker-2": 19.0}
-    assert not list(tracker.run_dir.glob("tracking/*.jsonl"))
+    client = MlflowClient(tracker.uri)
+    runs = [run.info.run_id for run in client.search_runs([tracker.experiment_id])]
+
+    def recorded(metric: str) -> list[float]:
+        return sorted(point.value for run_id in runs for point in client.get_metric_history(run_id, metric))
+
+    for writer in WRITERS:
+        assert recorded(f"{writer}/value") == list(range(POINTS)), "every point once"
+        seconds = recorded(f"{writer}/seconds")
+        assert len(seconds) == POINTS
+        # Alone a request takes 20 ms of processor time; six writers wait for each other, never for a lock's timeout.
+        assert seconds[POINTS // 2] < 1.0 and seconds[-1] < 30.0
+    assert not list(tmp_path.rglob("*.jsonl")), "nothing had to be kept back"
+    with sqlite3.connect(tmp_path / "mlflow.db") as data_base:
+        assert data_base.execute("pragma integrity_check").fetchall() == [("ok",)]
+
+
+def test_points_that_come_fast_travel_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = []
+    send = stage_run._send
+    monkeypatch.setattr(
+        stage_run, "_send", lambda uri, run, batch: (requests.append(len(batch)), send(uri, run, batch))
+    )
+    tracker = Tracker.open(config_of(tmp_path))
+    requests.clear()
+    run = StageRun.attach(tracker.uri, tracker.run_id, tmp_path / "journal.jsonl")
+    for step in range(500):
+        run.metrics({"a": step, "b": 0, "c": 0}, step=step)
+    run.flush()
+    assert requests[0] == 1, "the first is shown at once"
+    assert sum(requests) == 500 and len(requests) <= 4, "at most 1,000 values a request"
+    assert run.steps_of("a") == set(range(500))
+
+
+def test_every_machine_tells_its_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "SAMPLE_EVERY_S", 0.2)
+    tracker = Tracker.open(config_of(tmp_path))
+    for _ in range(2):  # resumed once
+        with tracker.stage(1, "train") as stage:
+            time.sleep(0.5)
+    history = MlflowClient(tracker.uri).get_metric_history(stage.run_id, "system/cpu_utilization_percentage")
+    assert [point.step for point in history] == list(range(len(history))) and len(history) >= 4
+    names = run_of(tracker, stage.run_id).data.metrics
+    assert {"system/system_memory_usage_percentage", "system/disk_usage_percentage"} <= names.keys()
 
 
 def test_a_store_that_does_not_answer_costs_one_warning(
@@ -98,13 +147,15 @@ def test_a_store_that_does_not_answer_costs_one_warning(
             stage.metrics({"loss": 0.5}, step=step)
     assert len(caplog.records) == 1 and "metrics are kept in" in caplog.text
     kept = [json.loads(line) for line in stage.journal.read_text().splitlines()]
-    assert [(entry["values"], entry["step"]) for entry in kept] == [({"loss": 0.5}, step) for step in range(50)]
+    assert [(entry["values"], entry["step"]) for entry in kept[:-1]] == [({"loss": 0.5}, step) for step in range(50)]
+    assert kept[-1]["values"] == {"status": "FINISHED"}
 
 
 def test_what_could_not_be_sent_is_sent_when_the_store_answers_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jf_cluster.tracking, "RETRY_AFTER_S", 0.0)
+    monkeypatch.setattr(stage_run, "RETRY_AFTER_S", 0.0)
+    monkeypatch.setattr(stage_run, "SEND_EVERY_S", 0.0)
     tracker = Tracker.open(config_of(tmp_path))
     with tracker.stage(1, "train") as stage:
         stage.metrics({"loss": 1.0}, step=1)
@@ -112,5 +163,22 @@ def test_what_could_not_be_sent_is_sent_when_the_store_answers_again(
         stage.metrics({"loss": 2.0}, step=2)
         stage.uri = reachable
         stage.metrics({"loss": 3.0}, step=3)
+        assert not stage.journal.exists(), "what was sent is not kept"
     history = MlflowClient(tracker.uri).get_metric_history(stage.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_what_a_process_had_to_keep_is_sent_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    unreachable = Tracker.open(config_of(tmp_path, uri="http://127.0.0.1:9"))
+    with unreachable.stage(1, "collect") as stage:
+        stage.metrics({"rows": 7.0}, step=3)
+        stage.tags({"store_hash": "abc"})
+    assert stage.run_id is None and stage.journal.exists()
+
+    tracker = Tracker.open(config_of(tmp_path))
+    tracker.close_abandoned()
+    run = run_of(tracker, tracker.stage_run(1, "collect"))
+    assert run.info.status == "FINISHED" and run.data.tags["store_hash"] == "abc"
+    assert "system/cpu_utilization_percentage" in run.data.metrics and run.data.metrics["rows"] == 7.0
+    assert not list(tmp_path.rglob("tracking/*.jsonl"))

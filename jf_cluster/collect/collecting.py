@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ray
@@ -76,7 +76,7 @@ def collect_round(
                 f"none of the {len(prompts)} prompts of round {round_number} could be decoded: {'; '.join(reasons)}"
             )
         manifest = folder.seal(provenance)
-        stage.tags({"content_hash": manifest.content_hash})
+        stage.tags({"store_hash": manifest.content_hash})
         stage.metrics(
             {
                 "rows": manifest.rows,
@@ -137,9 +137,10 @@ def _work(
         max_attempts=config.collect.max_attempts,
         fatal=(StoreError, OSError, ModelError, ConfigError),
     )
-    total, lost, logged_at = Counts(), 0, 0.0
+    total, logged_at = Counts(), 0.0
+    troubles = Troubles(rejects=len(folder.rejects()))
     begun = time.monotonic()
-    with meter(f"round {round_number} prompts", len(prompts), len(prompts) - len(usable)) as progress:
+    with meter(f"round {round_number} prompts", len(prompts), len(prompts) - len(usable), stage.progress) as progress:
         try:
             for event in dispatcher.run(batches_by_length(usable, config.collect.batch_prompts)):
                 match event:
@@ -149,19 +150,20 @@ def _work(
                         progress.advance(len(items), f"{rate:.0f} tokens/s")
                         if time.monotonic() - logged_at > METRICS_EVERY_S:
                             logged_at = time.monotonic()
-                            stage.metrics(_metrics(total, rate, lost, progress.done), step=progress.done)
+                            stage.metrics(_metrics(total, rate, troubles, progress.done), step=progress.done)
                     case GivenUp(prompt, reason):
                         folder.reject(prompt.prompt_id, reason)
+                        troubles.rejects += 1
                         progress.advance(1)
                         logger.warning("prompt %s is rejected: %s", prompt.prompt_id, reason)
-                    case Lost(worker, reason):
-                        lost += 1
+                    case Lost(worker, reason, redone):
+                        troubles.workers_replaced += 1
+                        troubles.retries += redone
                         logger.warning("worker %d is replaced and its prompts are redone: %s", worker, reason)
         finally:
-            summary.add(time.monotonic() - begun, total, lost)
-    stage.metrics(
-        _metrics(total, total.response_tokens / (time.monotonic() - begun), lost, progress.done), progress.done
-    )
+            summary.add(time.monotonic() - begun, total, troubles)
+    rate = total.response_tokens / (time.monotonic() - begun)
+    stage.metrics(_metrics(total, rate, troubles, progress.done), progress.done)
 
 
 def batches_by_length(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
@@ -176,14 +178,27 @@ def context_tokens(config: Config) -> int:
     return int(getattr(settings.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
 
 
-def _metrics(total: Counts, rate: float, lost: int, done: int) -> dict[str, float]:
+@dataclass
+class Troubles:
+    """What went wrong in an attempt and was dealt with."""
+
+    rejects: int = 0
+    """Prompts given up on, those of earlier attempts included."""
+    retries: int = 0
+    """Prompts given out again because their worker was lost."""
+    workers_replaced: int = 0
+
+
+def _metrics(total: Counts, rate: float, troubles: Troubles, done: int) -> dict[str, float]:
     return {
         "prompts_done": done,
         "response_tokens_per_s": rate,
         "iterations_per_block_so_far": total.iterations / max(total.blocks, 1),
+        "accepted_tokens_per_iteration": total.response_tokens / max(total.iterations, 1),
         "disagreement": total.disagreements / max(total.response_tokens, 1),
         "unfinished": total.unfinished,
-        "workers_replaced": lost,
+        "reused_responses": total.reused,
+        **asdict(troubles),
     }
 
 
@@ -198,9 +213,9 @@ class Summary:
     def seconds(self) -> float:
         return sum(float(str(a["seconds"])) for a in self.attempts)
 
-    def add(self, seconds: float, counts: Counts, lost: int) -> None:
+    def add(self, seconds: float, counts: Counts, troubles: Troubles) -> None:
         """Record an attempt, ended or interrupted."""
-        self.attempts.append({"seconds": seconds, "workers_replaced": lost, **asdict(counts)})
+        self.attempts.append({"seconds": seconds, **asdict(troubles), **asdict(counts)})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".tmp")
         draft.write_text(json.dumps({"seconds": self.seconds, "attempts": self.attempts}, indent=1) + "\n")

@@ -66,6 +66,8 @@ class Lost:
 
     worker: int
     reason: str
+    redone: int
+    """Items it had and which are given out again."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,8 @@ class Dispatcher(Generic[T, R]):
             self._failed_starts += 1
             if self._failed_starts > self._max_attempts * self._workers:
                 raise DispatchError(f"workers keep failing while they start: {reason}")
-        yield Lost(slot.number, reason)
         held = list(slot.held.values())
+        yield Lost(slot.number, reason, len(held) + (len(slot.batch.items) if slot.batch else 0))
         for start in range(0, len(held), self._largest):
             self._queue.appendleft(_Batch(held[start : start + self._largest]))
         if slot.batch is not None:

@@ -28,7 +28,7 @@ from jf_cluster.evaluate.worker import Answer, Evaluator
 from jf_cluster.model_card import write_card
 from jf_cluster.models import ModelError, load_tokenizer, model_hash
 from jf_cluster.progress import meter
-from jf_cluster.tracking import Tracker
+from jf_cluster.tracking import StageRun, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker) -> Evalu
         raise EvaluateError(f"none of the {len(held_out)} held-out prompts can be decoded, for example: {reason}")
     logger.info("evaluating model %d on %d held-out prompts in modes %s", round_number, len(prompts), ", ".join(MODES))
     with tracker.stage(round_number, "evaluate") as stage:
-        answers = _answers(config, round_number, prompts)
+        answers = _answers(config, round_number, prompts, stage)
         speeds = _speeds(config, round_number, [p for p in prompts if p.prompt_id in answers["ar"]])
         evaluation = _judged(
             config, round_number, prompts, answers, speeds, base, time.monotonic() - begun, len(held_out)
@@ -86,7 +86,7 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker) -> Evalu
     return evaluation
 
 
-def _answers(config: Config, round_number: int, prompts: Sequence[Prompt]) -> Answers:
+def _answers(config: Config, round_number: int, prompts: Sequence[Prompt], stage: StageRun) -> Answers:
     """Decode all prompts in every mode on the workers; prompts given up on are missing from the result."""
     remote = ray.remote(num_cpus=config.collect.cpus_per_worker, num_gpus=config.collect.gpus_per_worker)(Evaluator)
     dispatcher: Dispatcher[Prompt, dict[Mode, list[Answer]]] = Dispatcher(
@@ -97,16 +97,17 @@ def _answers(config: Config, round_number: int, prompts: Sequence[Prompt]) -> An
         fatal=(ModelError,),
     )
     answers: dict[Mode, dict[str, Answer]] = {mode: {} for mode in MODES}
-    with meter(f"model {round_number} held-out prompts", len(prompts)) as progress:
+    with meter(f"model {round_number} held-out prompts", len(prompts), tell=stage.progress) as progress:
         for event in dispatcher.run(batches_by_length(prompts, config.evaluate.batch_prompts)):
             match event:
                 case Done(items, found):
                     for mode in MODES:
                         answers[mode].update((answer.prompt_id, answer) for answer in found[mode])
                     progress.advance(len(items))
+                    stage.metrics({"prompts_done": progress.done, **_tpf_so_far(answers)}, step=progress.done)
                 case GivenUp(prompt, reason):
                     logger.warning("held-out prompt %s is left out: %s", prompt.prompt_id, reason)
-                case Lost(worker, reason):
+                case Lost(worker, reason, _):
                     logger.warning("worker %d is replaced and its prompts are redone: %s", worker, reason)
     if not answers["ar"]:
         raise EvaluateError(f"none of the {len(prompts)} held-out prompts could be decoded")
@@ -180,6 +181,12 @@ def _judged(
         seconds=seconds,
         responses=texts,
     )
+
+
+def _tpf_so_far(answers: Answers) -> dict[str, float]:
+    tokens = {mode: sum(len(a.tokens) - 1 for a in found.values()) for mode, found in answers.items()}
+    forwards = {mode: sum(a.forwards for a in found.values()) for mode, found in answers.items()}
+    return {f"tpf_{mode}_so_far": tokens[mode] / max(forwards[mode], 1) for mode in MODES}
 
 
 def _share(hits: Iterable[bool]) -> float:

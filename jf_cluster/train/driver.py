@@ -76,13 +76,17 @@ def train_round(config: Config, round_number: int, tracker: Tracker) -> None:
     )
     earlier_s = sum(record.seconds for record in read_steps(Path(job.steps_log)))  # of an interrupted attempt
     with tracker.stage(round_number, "train") as stage:
-        stage.tags({"parent_model": parent_hash, "trajectories": manifest.content_hash})
+        stage.tags({"parent_model_hash": parent_hash, "store_hash": manifest.content_hash})
+        stage.params(
+            config.train.model_dump(mode="json") | {"learning_rate": config.train.learning_rate_of(round_number)}
+        )
         with followed(Path(job.steps_log), config.train.steps, f"train {name}", stage):
             _run_ranks(config, job, training / "ray")
         _write_lineage(config, round_number, parent_hash, manifest, partial)
         summary = _write_summary(config, job, training / f"{name}.json", earlier_s + time.monotonic() - begun)
         _publish(partial, target)
         stage.metrics({"train/stage_seconds": float(summary["seconds"])}, step=config.train.steps)
+        stage.tags({"model_hash": model_hash(str(target))})
         stage.artifact(training / f"{name}.json")
     shutil.rmtree(checkpoints)  # the next round starts from the export; a checkpoint of ZeRO-3 is six times its size
     logger.info(

@@ -50,9 +50,11 @@ class _Follower:
                 for last in self._follower.new_records():
                     if last.step > self._logged and (last.step % self._every == 0 or last.step == self._steps):
                         self._logged = last.step
-                        self._stage.metrics(_metrics(last), step=last.step)
+                        restarts = max(0, self._follower.starts - 1)
+                        self._stage.metrics({**_metrics(last), "train/restarts": restarts}, step=last.step)
                 if last is not None:
                     figures = _FIGURES.format(**asdict(last), rate=last.tokens / last.seconds)
+                    self._stage.progress("steps", last.step, self._steps, 1 / last.seconds, figures)
                     self._bar.update(task, completed=last.step, figures=figures)
                     if not self._console.is_terminal and last.step * 10 // self._steps > self._said:
                         self._said = last.step * 10 // self._steps  # a log file gets ten lines instead of a bar
@@ -72,7 +74,7 @@ def _metrics(record: StepRecord) -> dict[str, float]:
 @contextmanager
 def followed(path: Path, steps: int, title: str, stage: StageRun) -> Iterator[None]:
     """Show and record the log of steps at ``path`` while the block runs, from a thread of its own."""
-    follower = _Follower(path, steps, stage, first_unlogged=stage.last_step("train/loss") + 1)
+    follower = _Follower(path, steps, stage, first_unlogged=max(stage.steps_of("train/loss"), default=0) + 1)
     stop = threading.Event()
     thread = threading.Thread(target=follower.run, args=(title, stop), name="training-progress", daemon=True)
     thread.start()

@@ -65,7 +65,10 @@ class StepsFollower:
     """The reading end: gives records as they appear, and starts over when the file is replaced."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._offset, self._file = path, 0, 0
+        self._path, self._offset = path, 0
+        self._file = path.stat().st_ino if path.exists() else 0
+        self.starts = 0
+        """How often ranks have started since."""
 
     def new_records(self) -> Iterator[StepRecord]:
         """Records appended since the last call; after a restart of the ranks, those they kept once more."""
@@ -74,6 +77,7 @@ class StepsFollower:
                 file = os.fstat(stream.fileno()).st_ino
                 if file != self._file:
                     self._file, self._offset = file, 0
+                    self.starts += 1
                 stream.seek(self._offset)
                 # A line being written, or cut by a kill, has no end yet.
                 whole, newline, _ = stream.read().rpartition(b"\n")

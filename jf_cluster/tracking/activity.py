@@ -1,0 +1,112 @@
+"""What a run is doing right now, in one small file of its directory: all that ``status`` needs beside the outputs.
+
+The file is replaced in one step, at most once a second, so it may be read at any moment and costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+FILE = "activity.json"
+WRITE_EVERY_S = 1.0
+
+State = Literal["running", "finished", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Now:
+    """A stage and how far it is; times are seconds since the epoch."""
+
+    round: int
+    stage: str
+    state: State
+    begun: float
+    updated: float
+    pid: int
+    host: str
+    unit: str = ""
+    """What is counted."""
+    done: int = 0
+    total: int = 0
+    per_second: float = 0.0
+    figures: str = ""
+    """What else the stage says of itself, in words."""
+    error: str = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process still runs; of a process on another machine that is taken for granted."""
+        if self.state != "running":
+            return False
+        if self.host != socket.gethostname():
+            return True
+        try:
+            return psutil.Process(self.pid).create_time() <= self.begun
+        except psutil.NoSuchProcess:
+            return False
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds the rest takes at this rate; None where that is not known."""
+        return (self.total - self.done) / self.per_second if self.per_second > 0 and self.total else None
+
+
+class Activity:
+    """The writing end, held by the stage."""
+
+    def __init__(self, run_dir: Path, now: Now) -> None:
+        self._path, self._now, self._written = run_dir / FILE, now, 0.0
+
+    def progress(self, unit: str, done: int, total: int, per_second: float, figures: str = "") -> None:
+        """Say how far the stage is."""
+        self._now = replace(
+            self._now, unit=unit, done=done, total=total, per_second=per_second, figures=figures, updated=time.time()
+        )
+        if time.monotonic() - self._written >= WRITE_EVERY_S:
+            self.write()
+
+    def ended(self, state: State, error: str = "") -> None:
+        """Say how the stage ended."""
+        self._now = replace(self._now, state=state, error=error, updated=time.time())
+        self.write()
+
+    def write(self) -> None:
+        self._written = time.monotonic()
+        draft = self._path.with_suffix(".tmp")
+        draft.write_text(json.dumps(asdict(self._now)) + "\n")
+        draft.replace(self._path)
+
+
+@contextmanager
+def working(run_dir: Path, round_number: int, stage: str) -> Iterator[Activity]:
+    """Say that a stage runs, and in the end how it went."""
+    began = time.time()
+    activity = Activity(
+        run_dir, Now(round_number, stage, "running", began, began, pid=os.getpid(), host=socket.gethostname())
+    )
+    activity.write()
+    try:
+        yield activity
+    except KeyboardInterrupt:
+        activity.ended("interrupted")
+        raise
+    except BaseException as error:
+        activity.ended("failed", f"{type(error).__name__}: {error}")
+        raise
+    activity.ended("finished")
+
+
+def read_activity(run_dir: Path) -> Now | None:
+    """What the run does or did last; None before its first stage."""
+    path = run_dir / FILE
+    return Now(**json.loads(path.read_text())) if path.is_file() else None

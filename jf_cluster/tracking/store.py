@@ -1,0 +1,83 @@
+"""Where MLflow keeps its records, and what is found or made there: experiment, the run directory's key, clients."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from jf_cluster.config import Config
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+KEY, ROUND, STAGE = "jf_cluster.run_key", "jf_cluster.round", "jf_cluster.stage"
+"""Tags by which a run directory finds its MLflow runs again."""
+
+
+def tracking_uri(config: Config) -> str:
+    """Where MLflow keeps its records: the configuration, ``MLFLOW_TRACKING_URI``, else SQLite under ``runs_dir``."""
+    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    # SQLite's own wait for a lock is 5 s, too short when several stages and a dashboard share the file.
+    return given or f"sqlite:///{config.runs_dir.absolute() / 'mlflow.db'}?timeout=60"
+
+
+def is_server(uri: str) -> bool:
+    """Whether records go to a server, which cannot see this machine's files."""
+    return urlsplit(uri).scheme in ("http", "https")
+
+
+def experiment_name(config: Config) -> str:
+    """The distillation's experiment."""
+    return config.tracking.experiment or f"jacobi-forcing/{config.name}"
+
+
+def client(uri: str) -> MlflowClient:
+    """A client of the tracking store and of the model registry in it."""
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def experiment_id(uri: str, name: str, runs_dir: Path) -> str:
+    """Id of the experiment, created when missing; safe when several processes do so at once."""
+    from mlflow.exceptions import MlflowException
+
+    local = urlsplit(uri).scheme == "sqlite"
+    # Two processes that create the same SQLite file both run its migrations, and one of them fails.
+    with _locked(runs_dir / "mlflow.lock") if local else nullcontext():
+        mlflow = client(uri)
+        found = mlflow.get_experiment_by_name(name)
+        if found is None:
+            # Without a location, artifacts of an SQLite store land in ./mlruns of whoever runs first.
+            location = (runs_dir.absolute() / "mlartifacts" / name).as_uri() if local else None
+            try:
+                return mlflow.create_experiment(name, artifact_location=location)
+            except MlflowException:
+                found = mlflow.get_experiment_by_name(name)  # another process was faster
+                if found is None:
+                    raise
+        return found.experiment_id
+
+
+def run_key(run_dir: Path) -> str:
+    """Identity of the run directory: one deleted and made anew must not continue the old MLflow run."""
+    path = run_dir / "tracking" / "key"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex)
+        return path.read_text()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

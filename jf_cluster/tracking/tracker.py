@@ -1,0 +1,164 @@
+"""The distillation's parent run in MLflow, and the door to the nested runs of its stages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+from jf_cluster.config import Config
+from jf_cluster.tracking.activity import working
+from jf_cluster.tracking.stage_run import StageRun, Status, first_line
+from jf_cluster.tracking.store import KEY, ROUND, STAGE, client, experiment_id, experiment_name, run_key, tracking_uri
+from jf_cluster.tracking.system import system_metrics
+
+logger = logging.getLogger(__name__)
+
+StageName = Literal["collect", "train", "evaluate"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+PARENT = "distill"
+
+
+@dataclass
+class Tracker:
+    """The distillation's parent run, and the door to its stages' runs."""
+
+    uri: str
+    experiment: str
+    run_dir: Path
+    run_name: str
+    run_key: str
+    experiment_id: str | None = None
+    run_id: str | None = None
+
+    @classmethod
+    def open(cls, config: Config) -> Tracker:
+        """Find or create the experiment and the parent run; never fails because MLflow does."""
+        # Patient defaults (7 retries of 120 s) would stall a run for minutes; the journal makes patience needless.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        tracker = cls(
+            uri=tracking_uri(config),
+            experiment=experiment_name(config),
+            run_dir=config.run_dir,
+            run_name=config.name,
+            run_key=run_key(config.run_dir),
+        )
+        tracker._connect(config)
+        return tracker
+
+    def _connect(self, config: Config) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.experiment_id = experiment_id(self.uri, self.experiment, config.runs_dir)
+            tags = {KEY: self.run_key, STAGE: PARENT}
+            known = self._find(tags)
+            self.run_id = self._again(known) if known else self._create(tags, self.run_name)
+            self._replay()
+        except (MlflowException, OSError) as error:
+            logger.warning("MLflow at %s cannot be used (%s); the run goes on", self.uri, first_line(error))
+            return
+        self.parent.params(config.model_dump(mode="json"))
+
+    @cached_property
+    def parent(self) -> StageRun:
+        """The distillation's own run."""
+        return StageRun(self.uri, self.run_id, self._journal(PARENT))
+
+    @contextmanager
+    def stage(self, round_number: int, name: StageName) -> Iterator[StageRun]:
+        """The nested run of a stage, created or found again; marked finished or failed on leaving.
+
+        While it lasts, the machines' load is recorded in it, and ``status`` says what it is doing.
+        """
+        from mlflow.exceptions import MlflowException
+
+        run_id = None
+        title = f"round-{round_number:03d}-{name}"
+        if self.run_id is not None:
+            try:
+                known = self.stage_run(round_number, name)
+                run_id = self._again(known) if known else self._new_stage_run(round_number, name)
+            except (MlflowException, OSError) as error:
+                logger.warning("MLflow at %s: no run for %s (%s)", self.uri, title, first_line(error))
+        status: Status = "FAILED"
+        with working(self.run_dir, round_number, name) as activity:
+            stage = StageRun(self.uri, run_id, self._journal(title), activity)
+            try:
+                with system_metrics(stage):
+                    yield stage
+                status = "FINISHED"
+            except KeyboardInterrupt:
+                status = "KILLED"
+                raise
+            finally:
+                stage.end(status)
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """Mark the parent run ended."""
+        self.parent.end(status)
+
+    def close_abandoned(self) -> None:
+        """Mark stages that a killed process left running as killed; for the one process that works on the run.
+
+        A stage that is resumed runs again; one whose output had just appeared would look busy for ever.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if self.run_id is None or self.experiment_id is None:
+            return
+        try:
+            mlflow = client(self.uri)
+            wanted = f"tags.`{KEY}` = '{self.run_key}' and attributes.status = 'RUNNING'"
+            left = [run.info.run_id for run in mlflow.search_runs([self.experiment_id], wanted)]
+            for run_id in left:
+                if run_id != self.run_id:
+                    mlflow.set_terminated(run_id, "KILLED")
+        except (MlflowException, OSError) as error:
+            logger.warning("MLflow at %s does not answer (%s)", self.uri, first_line(error))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.finish("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+
+    def _journal(self, title: str) -> Path:
+        return self.run_dir / "tracking" / f"{title}.jsonl"
+
+    def _replay(self) -> None:
+        """Send what earlier processes kept while the store did not answer."""
+        for journal in sorted((self.run_dir / "tracking").glob("*.jsonl")):
+            run_id = self.run_id
+            if found := re.match(r"round-(\d+)-([a-z]+)\b", journal.name):
+                name = next(stage for stage in STAGES if stage == found[2])
+                run_id = self.stage_run(int(found[1]), name) or self._new_stage_run(int(found[1]), name)
+            StageRun(self.uri, run_id, journal).replay()
+
+    def stage_run(self, round_number: int, name: StageName) -> str | None:
+        """Id of a stage's run, None where there is none."""
+        return self._find({KEY: self.run_key, ROUND: str(round_number), STAGE: name})
+
+    def _new_stage_run(self, round_number: int, name: StageName) -> str:
+        tags = {KEY: self.run_key, ROUND: str(round_number), STAGE: name}
+        return self._create({**tags, "mlflow.parentRunId": str(self.run_id)}, f"round-{round_number:03d}-{name}")
+
+    def _find(self, tags: dict[str, str]) -> str | None:
+        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found = client(self.uri).search_runs([str(self.experiment_id)], wanted, max_results=1)
+        return found[0].info.run_id if found else None
+
+    def _create(self, tags: dict[str, str], title: str) -> str:
+        return client(self.uri).create_run(str(self.experiment_id), tags=tags, run_name=title).info.run_id
+
+    def _again(self, run_id: str) -> str:
+        client(self.uri).update_run(run_id, status="RUNNING")
+        return run_id

@@ -1,0 +1,137 @@
+"""``python -m jf_cluster status`` from files alone: before, during and after a run, killed, failed, and refreshed."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jf_cluster.config import Config
+from jf_cluster.run_log import kept_log, last_troubles
+from jf_cluster.status import StatusReader, rendered
+from jf_cluster.tracking.activity import FILE, read_activity, working
+from trajectory_store import Provenance, Trajectory, TrajectoryStore
+
+PROVENANCE = Provenance("m" * 64, "t" * 64, block_size=4, seed=0, round_number=1, code_version="0", config={})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = Config.model_validate({"name": "run", "runs_dir": tmp_path, "rounds": 2, "prompts": {"per_round": 6}})
+    config.run_dir.mkdir()
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    return config
+
+
+def shown(config: Config, reader: StatusReader | None = None) -> str:
+    console = Console(width=150, record=True, file=io.StringIO())
+    console.print(rendered((reader or StatusReader(config)).read()))
+    return console.export_text()
+
+
+def commit(config: Config, *prompt_ids: str) -> None:
+    with TrajectoryStore(config.store_url).round(1).writer(PROVENANCE) as writer:
+        for prompt_id in prompt_ids:
+            tokens = np.arange(4, dtype=np.int32)
+            accepted, tail = np.array([0], np.int32), np.array([9, 9, 9, 9], np.int32)
+            writer.append(Trajectory(prompt_id, tokens, tokens, True, np.array([1], np.int32), accepted, tail))
+
+
+def test_before_the_first_stage(config: Config) -> None:
+    text = shown(config)
+    assert "8 stages left" in text and "no stage has run yet" in text and "last checkpoint: none yet" in text
+
+
+def test_a_round_is_followed_through_its_stages(config: Config) -> None:
+    reader = StatusReader(config)
+    folder = TrajectoryStore(config.store_url).round(1)
+    with working(config.run_dir, 1, "collect") as activity:
+        commit(config, "a", "b")
+        folder.reject("c", "too long")
+        activity.progress("prompts", 3, 6, 1.5, "120 tokens/s")
+        activity.write()
+        text = shown(config, reader)
+        assert "collecting round 1 for" in text and "3 of 6 prompts · 1.5/s · 2 s left · 120 tokens/s" in text
+        assert "2 of 6 · 1 rejected" in text and "8 stages left" in text
+        commit(config, "d", "e", "f")
+        assert "5 of 6 · 1 rejected" in shown(config, reader), "read again, not remembered"
+        folder.seal(PROVENANCE)
+    assert "7 stages left" in shown(config, reader) and "5 · 1.00 iterations/block · 1 rejected" in shown(
+        config, reader
+    )
+
+    checkpoint = config.run_dir / "checkpoints" / "round-001" / "step-000200"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "complete.json").touch()
+    steps = config.run_dir / "training" / "round-001.steps.jsonl"
+    steps.parent.mkdir()
+    steps.write_text(json.dumps({"step": 200}) + "\n" + json.dumps({"step": 210}) + "\n")
+    text = shown(config, reader)
+    assert "step 210 of 300" in text and "last checkpoint: round-001 step-000200, 0 s ago" in text
+    assert "last stage: collecting round 1, finished 0 s ago" in text
+
+
+def test_a_failed_stage_says_why_and_a_killed_one_that_it_is_gone(config: Config) -> None:
+    with pytest.raises(OSError, match="disk full"), kept_log(config.run_dir), working(config.run_dir, 2, "train"):
+        logging.getLogger("jf_cluster.train").warning("worker 3 is replaced\nand its prompts are redone")
+        raise OSError("disk full")
+    text = shown(config)
+    assert "training round 2, failed 0 s ago OSError: disk full" in text
+    assert "WARNING worker 3 is replaced ⏎ and its prompts are redone" in text and "ERROR OSError: disk full" in text
+
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    with working(config.run_dir, 2, "train") as activity:
+        activity.progress("steps", 30, 300, 1.0)
+        activity.write()
+        now = json.loads((config.run_dir / FILE).read_text())
+        killed = now | {"pid": int(ended.stdout)}
+        (config.run_dir / FILE).write_text(json.dumps(killed))
+        assert "killed while training round 2 (30 of 300 steps" in shown(config)
+
+
+def test_a_pid_that_was_given_to_another_process_is_not_the_run(config: Config) -> None:
+    with working(config.run_dir, 1, "collect"):
+        now = read_activity(config.run_dir)
+        assert now is not None and now.alive
+        # This process, but a stage that began before it did: the number was another process's then.
+        before = json.loads((config.run_dir / FILE).read_text()) | {"begun": now.begun - 10**6}
+        (config.run_dir / FILE).write_text(json.dumps(before))
+        read = read_activity(config.run_dir)
+        assert read is not None and not read.alive
+
+
+def test_only_the_last_troubles_are_shown(config: Config) -> None:
+    with kept_log(config.run_dir):
+        for number in range(2000):
+            logging.getLogger("jf_cluster").warning("trouble %d %s", number, "x" * 100)
+    logging.getLogger("jf_cluster").warning("outside")
+    assert [line.split()[4] for line in last_troubles(config.run_dir, 3)] == ["1997", "1998", "1999"]
+
+
+def test_the_command_prints_once_or_refreshes(config: Config) -> None:
+    (config.run_dir.parent / "run.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "jf_cluster", "status", "--config", str(config.run_dir.parent / "run.yaml")]
+    root = Path(__file__).parent.parent
+    once = subprocess.run([*command, "--once"], capture_output=True, text=True, timeout=60, cwd=root, check=True)
+    assert "8 stages left" in once.stdout
+    wide = os.environ | {"COLUMNS": "200"}
+    live = subprocess.Popen([*command, "--every", "0.2"], stdout=subprocess.PIPE, text=True, cwd=root, env=wide)
+    try:
+        time.sleep(3)
+        commit(config, "a")
+        TrajectoryStore(config.store_url).round(1).seal(PROVENANCE)
+        time.sleep(1.5)
+    finally:
+        live.terminate()
+    assert "7 stages left" in live.communicate(timeout=30)[0]
+    missing = subprocess.run([*command, "name=other"], capture_output=True, text=True, timeout=60, cwd=root)
+    assert missing.returncode == 2 and "there is no run in" in missing.stderr
