@@ -11,7 +11,7 @@ from rich.table import Table
 
 from jf_cluster.config import Config
 from jf_cluster.evaluate.evaluation import load_evaluation
-from jf_cluster.tracking import StageRun, Tracker
+from jf_cluster.tracking import Tracker
 from trajectory_store import TrajectoryStore
 
 TABLE_WIDTH = 150
@@ -135,10 +135,9 @@ def print_table(rows: list[Row]) -> None:
 
 def log_report(config: Config, tracker: Tracker, rows: list[Row]) -> None:
     """Record the rows as metrics of the distillation's own MLflow run, one step a round, and the file beside it."""
-    run = StageRun.attach(tracker.uri, tracker.run_id, config.run_dir / "tracking" / "report.jsonl")
     for row in rows:
-        run.metrics({k: v for k, v in asdict(row).items() if k != "round" and v is not None}, step=row.round)
-    run.artifact(config.run_dir / "report.json")
+        tracker.parent.metrics({k: v for k, v in asdict(row).items() if k != "round" and v is not None}, step=row.round)
+    tracker.parent.artifact(config.run_dir / "report.json")
 
 
 def _figures(digits: int, *values: float | None) -> str:

@@ -39,7 +39,7 @@ class _Evaluation(BaseModel):
     ar: _Mode
     jacobi: _Mode
     multiblock: _Mode
-    failed: bool
+    passed: bool
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class StatusReader:
             return "", False
         found = _Evaluation.model_validate_json(path.read_text())
         accuracy = "" if found.ar.accuracy is None else f" · accuracy {100 * found.ar.accuracy:.1f}%"
-        failed = " · failed" if found.failed else ""
+        failed = "" if found.passed else " · failed"
         return f"TPF {max(found.jacobi.tpf, found.multiblock.tpf):.2f}{accuracy}{failed}", True
 
     def _checkpoint(self) -> str:

@@ -107,7 +107,7 @@ def _answers(config: Config, round_number: int, prompts: Sequence[Prompt], stage
                     stage.metrics({"prompts_done": progress.done, **_tpf_so_far(answers)}, step=progress.done)
                 case GivenUp(prompt, reason):
                     logger.warning("held-out prompt %s is left out: %s", prompt.prompt_id, reason)
-                case Lost(worker, reason, _):
+                case Lost(worker, reason):
                     logger.warning("worker %d is replaced and its prompts are redone: %s", worker, reason)
     if not answers["ar"]:
         raise EvaluateError(f"none of the {len(prompts)} held-out prompts could be decoded")
