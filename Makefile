@@ -14,7 +14,7 @@ HALF   := $(VENV)/installing
 FLAGS   = --config $(CONFIG) $(if $(ROUND),--round $(ROUND)) $(SET)
 
 .DEFAULT_GOAL := help
-.PHONY: help train collect evaluate report mlflow cluster cluster-stop test check format bench tiny-base constraints clean
+.PHONY: help train collect evaluate report mlflow cluster cluster-stop test check format bench docs tiny-base constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -67,6 +67,11 @@ format: $(READY)  ## Format the code and fix what the linter can
 
 bench: $(READY)  ## Run the side-by-side measurements and print their tables
 	@$(BIN)/python -m bench
+
+docs: $(READY)  ## Build the documentation into site/, refusing links that lead nowhere
+	@$(BIN)/python -m jf_cluster config --reference > docs/configuration.md
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 tiny-base: $(READY)  ## Train the embedded run's tokenizer and base model again from nothing (about an hour on two cores)
 	@$(BIN)/python -m jf_cluster.tiny.pretrain --output jf_cluster/tiny/base

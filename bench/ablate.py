@@ -1,8 +1,9 @@
 """``python -m bench.ablate``: what each choice of the recipe is worth on the tiny model, as a table in the docs.
 
-Every cell (a recipe and a seed) trains the base model through its rounds in one process and leaves a JSON file, so an
+Every cell (a recipe and a seed) trains one start model through its rounds in one process and leaves a JSON file, so an
 interrupted ablation goes on where it stopped; ``--only`` and several processes on one directory share the cells. The
-table is made from whatever cells are there.
+table is made from whatever cells are there. Cells start from the embedded run's first round where ``make train`` made
+one: the base has to be trained some hundred steps before recipes differ (docs/tiny.md).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from bench import tiny_inputs
-from bench.ablation import Effort, Outcome, Recipe, evaluate_base, run_cell
+from bench.ablation import Effort, Outcome, Recipe, evaluate, run_cell
 from bench.measure import use_threads
 
 DEFAULT = Recipe()
@@ -45,7 +46,7 @@ VARIANTS: dict[str, dict[str, Recipe]] = {
 
 
 class DirectoryOfAnotherAblationError(ValueError):
-    """Cells made with another effort or model lie there; mixing them would make the table wrong."""
+    """Cells made with another effort or start lie there; mixing them would make the table wrong."""
 
 
 def cell_name(recipe: Recipe, seed: int) -> str:
@@ -76,15 +77,15 @@ def read_outcome(path: Path) -> Outcome:
     return Outcome(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
 
 
-def open_directory(directory: Path, effort: Effort, model: str) -> Path:
+def open_directory(directory: Path, effort: Effort, start: str) -> Path:
     """The cells' directory, with the effort they are made with noted in it.
 
     Raises:
-        DirectoryOfAnotherAblationError: it was begun with another effort or model.
+        DirectoryOfAnotherAblationError: it was begun with another effort or start.
     """
     directory.mkdir(parents=True, exist_ok=True)
     note = directory / "effort.json"
-    mine = {**asdict(effort), "model": Path(model).name}
+    mine = {**asdict(effort), "start": Path(start).name}
     if not note.exists():
         write_json(note, mine)
     elif (there := json.loads(note.read_text())) != mine:
@@ -92,7 +93,7 @@ def open_directory(directory: Path, effort: Effort, model: str) -> Path:
     return directory
 
 
-def table(cells: Path, seeds: int, base: tuple[float, float], effort: Effort) -> str:
+def table(cells: Path, seeds: int, start: tuple[float, float], effort: Effort) -> str:
     """The page of docs: one table a choice, means over the seeds that are there."""
     lines = [
         "# Ablation on the tiny model",
@@ -100,8 +101,9 @@ def table(cells: Path, seeds: int, base: tuple[float, float], effort: Effort) ->
         f"Made by `python -m bench.ablate`. Each cell: {effort.prompts} fresh prompts and {effort.steps} steps of "
         f"{effort.step_tokens} tokens a round, {len(DEFAULT.block_sizes)} rounds, learning rate "
         f"{effort.learning_rate:g}; decoded block after block at n = {effort.decoding_block} on {effort.held_out} "
-        f"held-out problems. The base model has {base[0]:.2f} tokens per forward and {base[1]:.1%} right answers. "
-        f"*TPF gained per point* is what tokens per forward rose over the base for each percentage point of accuracy "
+        f"held-out problems. All start from the same model, with {start[0]:.2f} tokens per forward and {start[1]:.1%} "
+        "right answers. "
+        f"*TPF gained per point* is what tokens per forward rose over the start for each percentage point of accuracy "
         f"lost (at least half a point is counted: fewer cannot be told apart on {effort.held_out} problems). Ranges "
         f"are over seeds. The default is window {DEFAULT.window}, noise ratio from {DEFAULT.t_min:g} to 1, next-token "
         f"weight {DEFAULT.ar_weight:g}, n = {DEFAULT.block_sizes[0]}, {DEFAULT.trajectories} trajectories and "
@@ -117,23 +119,23 @@ def table(cells: Path, seeds: int, base: tuple[float, float], effort: Effort) ->
             paths = (cells / f"{cell_name(recipe, seed)}.json" for seed in range(seeds))
             found = [read_outcome(path) for path in paths if path.exists()]
             mark = " (default)" if recipe == DEFAULT else ""
-            lines.append(f"| {name}{mark} | {_figures(found, base)} |")
+            lines.append(f"| {name}{mark} | {_figures(found, start)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _figures(found: list[Outcome], base: tuple[float, float]) -> str:
+def _figures(found: list[Outcome], start: tuple[float, float]) -> str:
     if not found:
         return "not run | | | | | | 0"
     tpf, accuracy = mean(o.tpf for o in found), mean(o.accuracy for o in found)
-    lost = max(0.5, 100 * (base[1] - accuracy))
+    lost = max(0.5, 100 * (start[1] - accuracy))
     return " | ".join(
         [
             f"{tpf:.2f}",
             f"{min(o.tpf for o in found):.2f} to {max(o.tpf for o in found):.2f}",
             f"{accuracy:.1%}",
             f"{mean(o.consistency for o in found):.2f}",
-            f"{(tpf - base[0]) / lost:.2f}",
+            f"{(tpf - start[0]) / lost:.2f}",
             f"{mean(o.tpf_by_round[0] for o in found):.2f}, {mean(o.accuracy_by_round[0] for o in found):.1%}",
             str(len(found)),
         ]
@@ -144,7 +146,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--cells", type=Path, required=True, help="directory of the cells' JSON files")
     p.add_argument("--table", type=Path, default=Path("docs/ablation.md"))
-    p.add_argument("--model", default=str(tiny_inputs.TINY))
+    p.add_argument("--model", default=str(tiny_inputs.TINY), help="the base")
+    first = tiny_inputs.RUN / "round-001"
+    p.add_argument("--start", default=str(first if first.exists() else tiny_inputs.TINY), help="what cells start from")
     p.add_argument("--seeds", type=int, default=2)
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--only", help="run only cells whose name contains this")
@@ -154,25 +158,26 @@ def main() -> None:
     args = p.parse_args()
     use_threads(args.threads)
     effort = Effort(**{f.name: getattr(args, f.name) for f in fields(Effort)})
-    cells = open_directory(args.cells, effort, args.model)
-    model, tokenizer = tiny_inputs.load(args.model, "cpu"), AutoTokenizer.from_pretrained(args.model)
-    base_path = cells / "base.json"
-    if not base_path.exists():
-        tpf, accuracy = evaluate_base(model, tokenizer, effort)
-        write_json(base_path, {"tpf": tpf, "accuracy": accuracy})
-    base = json.loads(base_path.read_text())
+    cells = open_directory(args.cells, effort, args.start)
+    model, start = (tiny_inputs.load(path, "cpu") for path in (args.model, args.start))
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    start_path = cells / "start.json"
+    if not start_path.exists():
+        tpf, accuracy = evaluate(start, tokenizer, effort)
+        write_json(start_path, {"tpf": tpf, "accuracy": accuracy})
+    begin = json.loads(start_path.read_text())
     ran = 0
     for recipe, seed in wanted(args.seeds):
         name = cell_name(recipe, seed)
         path = cells / f"{name}.json"
         if path.exists() or (args.only and args.only not in name) or ran == args.at_most:
             continue
-        outcome = run_cell(model, tokenizer, recipe, effort, seed)
+        outcome = run_cell(model, start, tokenizer, recipe, effort, seed)
         write_json(path, {"recipe": asdict(recipe), "seed": seed, "outcome": asdict(outcome)})
         ran += 1
-        print(f"{name}: TPF {outcome.tpf:.2f}, accuracy {outcome.accuracy:.1%}, {outcome.cpu_s:.0f} s")
+        print(f"{name}: TPF {outcome.tpf:.2f}, accuracy {outcome.accuracy:.1%}, {outcome.cpu_s:.0f} s", flush=True)
     args.table.parent.mkdir(parents=True, exist_ok=True)
-    args.table.write_text(table(cells, args.seeds, (base["tpf"], base["accuracy"]), effort))
+    args.table.write_text(table(cells, args.seeds, (begin["tpf"], begin["accuracy"]), effort))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One cell of the ablation: a recipe and a seed, from the base model through its rounds to speed and accuracy.
+"""One cell of the ablation: a recipe and a seed, from the same start through its rounds to speed and accuracy.
 
 The whole chain in one process and without a cluster: prompts, responses, trajectories, training, evaluation. What
 differs between cells is in ``Recipe``; everything else is the same for all.
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.decoding import generate
-from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
+from jf_cluster.jacobi.drafts import Drafting
 from jf_cluster.jacobi.loss import forcing_loss
 from jf_cluster.jacobi.packing import PackedBatch, collate, pack
 from jf_cluster.jacobi.responses import Response, generate_responses
@@ -41,7 +41,7 @@ class Recipe:
     block_sizes: tuple[int, ...] = (16, 16)
     """Block size of each round; as many rounds as sizes."""
     trajectories: Literal["regenerated", "reused"] = "regenerated"
-    """``reused``: the base model's trajectories in every round."""
+    """``reused``: the start model's trajectories in every round."""
     responses: Literal["base", "self", "verified"] = "base"
 
 
@@ -55,8 +55,8 @@ class Effort:
     """Optimizer steps a round."""
     step_tokens: int = 2560
     """Tokens of one step, one micro-batch."""
-    learning_rate: float = 1.5e-3
-    held_out: int = 128
+    learning_rate: float = 1e-3
+    held_out: int = 240
     max_new_tokens: int = 192
     decoding_block: int = 16
 
@@ -75,18 +75,23 @@ class Outcome:
 
 
 def run_cell(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, effort: Effort, seed: int
+    base: PreTrainedModel,
+    start: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    effort: Effort,
+    seed: int,
 ) -> Outcome:
-    """Train the base model by the recipe and measure it; ``base`` is left as it is."""
+    """Train a copy of ``start`` by the recipe and measure it; ``base`` writes responses where the recipe says so."""
     begun = time.process_time()
-    model = copy.deepcopy(base)
+    model = copy.deepcopy(start)
     found, consistency = [], math.nan
     for number, block_size in enumerate(recipe.block_sizes, start=1):
         chosen = [problem("train", seed, number * 10_000_000 + i) for i in range(effort.prompts)]
         keys = [prompt_key(seed, number, str(i)) for i in range(effort.prompts)]
         prompts = [encode(tokenizer, p) for p in chosen]
         responses = write_responses(base, model, tokenizer, chosen, prompts, recipe, effort)
-        tracer = base if recipe.trajectories == "reused" else model
+        tracer = start if recipe.trajectories == "reused" else model
         traces = trace(tracer, prompts, [r.tokens for r in responses], block_size=block_size, keys=keys)
         rows = [
             Trajectory(str(i), p.astype(np.int32), r.tokens, r.finished, t.iterations, t.accepted, t.tails)
@@ -173,27 +178,13 @@ def batches(
 
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, effort: Effort) -> tuple[float, float]:
     """``(TPF, accuracy)`` on held-out problems, decoded block after block; TPF over all of them together."""
-    drafting = Drafting("multiblock", effort.decoding_block, blocks=1, pool=0)
-    return _decode(model, tokenizer, effort, drafting)
-
-
-def evaluate_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, effort: Effort) -> tuple[float, float]:
-    """The same of the base model with the same drafts, and its accuracy; what gains and losses are measured from."""
-    speed, _ = evaluate(model, tokenizer, effort)
-    _, accuracy = _decode(model, tokenizer, effort, AUTOREGRESSIVE)
-    return speed, accuracy
-
-
-def _decode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, effort: Effort, drafting: Drafting
-) -> tuple[float, float]:
     chosen = [problem("heldout", 0, i) for i in range(effort.held_out)]
     written = generate(
         model,
         [encode(tokenizer, p).tolist() for p in chosen],
         max_new_tokens=effort.max_new_tokens,
         end_ids=[tokenizer.eos_token_id],
-        drafting=drafting,
+        drafting=Drafting("multiblock", effort.decoding_block, blocks=1, pool=0),
     )
     right = sum(
         parse_answer(tokenizer.decode(g.tokens, skip_special_tokens=True)) == p.answer

@@ -131,6 +131,10 @@ def report(name: str, figures: Mapping[str, Value], json_path: Path | None) -> N
         json_path.write_text(json.dumps(rows, indent=2) + "\n")
 
 
+MACHINE = ("machine", "accelerator", "torch", "threads", "date")
+"""Keys of ``report`` that say where and when it was measured."""
+
+
 def _machine() -> dict[str, Value]:
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {

@@ -54,8 +54,19 @@ def stop(runs_dir: RunsDir = Path("runs")) -> None:
 
 
 @app.command()
-def config(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG) -> None:
+def config(
+    overrides: Overrides = None,
+    config: ConfigPath = DEFAULT_CONFIG,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Print docs/configuration.md: what each means.")
+    ] = False,
+) -> None:
     """Print the resolved configuration: every setting there is, with its value."""
+    if reference:
+        from jf_cluster.config_reference import reference as page
+
+        typer.echo(page(), nl=False)
+        return
     with clear_errors():
         typer.echo(load(config, overrides).to_yaml(), nl=False)
 

@@ -75,7 +75,9 @@ class CollectConfig(Section):
     workers: Positive = 2
     """Ray actors that decode prompts."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    """CPU cores that Ray sets aside for each."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that Ray sets aside for each; 0 computes on the CPU."""
     batch_prompts: Positive = 64
     """Prompts one actor decodes together; also the unit of retry."""
     batch_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
@@ -87,7 +89,7 @@ class CollectConfig(Section):
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 is greedy; above 0 keyed Gumbel noise makes the responses exact samples."""
     responses: Literal["base", "self", "verified"] = "base"
-    """Who writes the responses the trajectories lead to (DESIGN.md, "Whose responses")."""
+    """Who writes the responses the trajectories lead to (docs/paper.md, "Whose responses")."""
     block_size: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16,)
     """Block size n of each round; the last one serves all later rounds."""
     forward_tokens: Positive = 2048
@@ -106,7 +108,9 @@ class NoiseConfig(Section):
     schedule: Literal["progressive", "reverse", "random", "constant"] = "progressive"
     """How the noise ratio aimed at changes from block to block of a window."""
     t_min: Fraction = 0.0
+    """Lowest noise ratio aimed at."""
     t_max: Fraction = 1.0
+    """Highest noise ratio aimed at."""
     window: Annotated[int, Field(ge=0)] = 16
     """Blocks per window; 1 is clean context, 0 is one window over the whole response."""
     draws: Positive = 1
@@ -130,16 +134,23 @@ class TrainConfig(Section):
     workers: Positive = 2
     """ZeRO-3 ranks."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    """CPU cores that Ray sets aside for each."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that Ray sets aside for each; 0 computes on the CPU."""
     steps: Positive = 300
     """Optimizer steps per round."""
     learning_rate: Rate | Annotated[tuple[Rate, ...], Field(min_length=1)] = 1e-6
     """Peak rate of every round, or one for each round; the last one serves all later rounds."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up; to zero unless constant."""
     warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps in which the rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Longest gradient, as its norm over all parameters."""
     ar_weight: Annotated[float, Field(ge=0)] = 10.0
     """Weight of the next-token loss beside the consistency loss."""
     micro_batch_tokens: Positive = 4096
@@ -149,8 +160,11 @@ class TrainConfig(Section):
     loss_chunk_tokens: Positive = 1024
     """Positions whose vocabulary-sized logits exist at the same time."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
     checkpoint_every_steps: Positive = 100
+    """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
+    """Newest checkpoints that are kept."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Times the group of workers is restarted from the last checkpoint after a failure."""
     zero: ZeroConfig = ZeroConfig()
@@ -186,7 +200,9 @@ class EvaluateConfig(Section):
     speed_prompts: Positive = 24
     """Held-out prompts decoded one at a time, all modes in alternation, for tokens per second."""
     batch_prompts: Positive = 64
+    """Prompts one worker decodes together for accuracy."""
     max_new_tokens: Positive = 256
+    """Longest response."""
     decoding: DecodingConfig = DecodingConfig()
     max_accuracy_drop: Fraction = 0.02
     """A round that loses more accuracy than this against the base model is marked as failed."""
@@ -205,10 +221,13 @@ class Config(Section):
     name: str = "tiny"
     """Name of the run and of its folder under ``runs_dir``."""
     runs_dir: Path = Path("runs")
+    """Where runs are kept; a relative path is taken from the directory the run was started in."""
     store: str | None = None
     """Trajectory store: a local path or an object-store URL; default ``<runs_dir>/<name>/store``."""
     rounds: Positive = 3
+    """Rounds of collecting, training, exporting and evaluating."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Decides prompts, initial guesses, noise, sampling and the order of the samples."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     collect: CollectConfig = CollectConfig()
