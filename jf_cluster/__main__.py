@@ -78,9 +78,12 @@ def report(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG) -> 
         settings = load(config, overrides)
         if not settings.run_dir.is_dir():
             raise ConfigError(f"there is no run in {settings.run_dir}; start it with: make train")
-        from jf_cluster.report import print_table, write_report
+        from jf_cluster.report import print_evaluation, print_table, write_report
 
-        print_table(write_report(settings))
+        rows = write_report(settings)
+        if rows:
+            print_evaluation(settings, rows[-1].round)
+        print_table(rows)
 
 
 @app.command()

@@ -71,7 +71,8 @@ def _exit_code(error: Exception) -> int | None:
     from jf_cluster.collect import CollectError
     from jf_cluster.collect.dispatch import DispatchError
     from jf_cluster.collect.prompts import PromptsError
-    from jf_cluster.evaluate.evaluating import EvaluateError
+    from jf_cluster.evaluate.evaluation import EvaluateError
+    from jf_cluster.evaluate.graders.sandbox import SandboxError
     from jf_cluster.jacobi.attention import UnsupportedModelError
     from jf_cluster.jacobi.decoding import PromptError
     from jf_cluster.models import ModelError
@@ -82,7 +83,7 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, PromptsError | ModelError | PromptError | UnsupportedModelError):
         return 2
-    stages = (CollectError, DispatchError, EvaluateError, TrainingError)
+    stages = (CollectError, DispatchError, EvaluateError, SandboxError, TrainingError)
     if isinstance(error, (PreflightError, ClusterError, RunBusyError, *stages, StoreError, RayError, OSError)):
         return 1
     return None

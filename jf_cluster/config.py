@@ -20,6 +20,9 @@ TINY_BASE = PACKAGE_ROOT / "tiny" / "base"
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Grader = Literal["none", "arithmetic", "gsm8k", "math", "code"]
+Template = Literal["auto", "chat", "plain"]
+Task = Literal["held_out", "gsm8k", "math", "humaneval", "mbpp"]
 
 
 class ConfigError(ValueError):
@@ -59,7 +62,7 @@ class PromptsConfig(Section):
     """Column that holds the prompt text."""
     answer_column: str | None = None
     """Column that holds the reference answer, where a grader needs one."""
-    template: Literal["auto", "chat", "plain"] = "auto"
+    template: Template = "auto"
     """Wrap prompts in the model's chat template (``auto``: where the tokenizer has one)."""
     per_round: Positive = 1000
     """Prompts decoded in each round."""
@@ -67,8 +70,8 @@ class PromptsConfig(Section):
     """Give every round prompts of its own instead of the first round's again."""
     held_out: Positive = 400
     """Prompts kept aside for evaluation; never used for training."""
-    grader: Literal["none", "arithmetic", "gsm8k"] = "none"
-    """How a response is judged right or wrong."""
+    grader: Grader = "none"
+    """How a response is judged right or wrong: by its number, its mathematical expression, or by running its code."""
 
 
 class CollectConfig(Section):
@@ -195,17 +198,40 @@ class DecodingConfig(Section):
 
 
 class EvaluateConfig(Section):
+    task: Task = "held_out"
+    """``held_out``: prompts kept aside, judged by ``prompts.grader``; else a benchmark with a grader of its own."""
+    source: str | None = None
+    """The benchmark's rows, a local file or a Hugging Face data set id; default its home on the hub."""
+    subset: str | None = None
+    """Configuration name of that data set."""
+    split: str | None = None
+    """Split of that data set; default ``test``."""
     prompts: Positive = 400
-    """Held-out prompts decoded in every mode."""
+    """Most prompts decoded in every mode: the first ones."""
     speed_prompts: Positive = 24
-    """Held-out prompts decoded one at a time, all modes in alternation, for tokens per second."""
+    """Prompts decoded one at a time, all modes in alternation, for tokens per second."""
     batch_prompts: Positive = 64
     """Prompts one worker decodes together for accuracy."""
     max_new_tokens: Positive = 256
     """Longest response."""
     decoding: DecodingConfig = DecodingConfig()
     max_accuracy_drop: Fraction = 0.02
-    """A round that loses more accuracy than this against the base model is marked as failed."""
+    """A round that loses more accuracy than this against the base model has failed and never becomes champion."""
+
+
+class SandboxConfig(Section):
+    """How code that a model wrote is run; only graders that run code read it."""
+
+    isolation: Literal["namespaces", "limits"] = "namespaces"
+    """``limits``: for root where namespaces are not allowed; such code can reach the network and public files."""
+    seconds: Annotated[float, Field(gt=0)] = 10.0
+    """Wall clock, and CPU time of each process."""
+    memory_bytes: Positive = 1 << 30
+    """Address space of each process."""
+    processes: Positive = 8
+    """Processes and threads at a time."""
+    file_bytes: Positive = 16 << 20
+    """Size of a file; all files together may have twice as much."""
 
 
 class TrackingConfig(Section):
@@ -234,6 +260,7 @@ class Config(Section):
     noise: NoiseConfig = NoiseConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    sandbox: SandboxConfig = SandboxConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("name")
@@ -273,6 +300,9 @@ class Config(Section):
                 "store": store,
                 "model": self.model.model_copy(
                     update={"path": self.model.path if self.model.path == "tiny" else found(self.model.path)}
+                ),
+                "evaluate": self.evaluate.model_copy(
+                    update={"source": self.evaluate.source and found(self.evaluate.source)}
                 ),
                 "prompts": self.prompts.model_copy(
                     update={

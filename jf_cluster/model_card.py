@@ -46,9 +46,10 @@ with `tokenizer=`, and `streamer=` work too.
 """
 
 _TABLE = """On {prompts} held-out prompts, in `{dtype}`; speed on {speed_prompts} of them, one request at a time,
-prefill not counted, all modes on the same engine in turn. {accuracy_note}
+prefill not counted, all modes on the same engine in turn. AR is the faster of this engine's and
+transformers' `generate`, which took its turns too. {accuracy_note}
 
-| model | decoding | tokens per forward | tokens per second | speed-up over its AR | accuracy | same as its AR |
+| model | decoding | tokens per forward | tokens per second | speed-up over AR | accuracy | same as its AR |
 | --- | --- | --- | --- | --- | --- | --- |
 {rows}"""
 

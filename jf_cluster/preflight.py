@@ -8,6 +8,8 @@ import psutil
 
 from jf_cluster.collect.prompts import check_prompts
 from jf_cluster.config import Config, ConfigError
+from jf_cluster.evaluate.graders import sandbox
+from jf_cluster.evaluate.tasks import grader_of, questions
 from jf_cluster.models import resolve
 
 GIB = 1 << 30
@@ -31,16 +33,21 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: settings that contradict each other.
         PromptsError: prompts that cannot be read or are too few for all rounds.
+        SandboxError: code that a grader has to run cannot be confined on this system.
         PreflightError: too little memory or disk.
     """
     if config.collect.responses == "verified" and config.prompts.grader == "none":
         raise ConfigError("collect.responses=verified needs a grader: set prompts.grader, or use base or self")
     if config.prompts.grader != "none" and config.prompts.source != "tiny" and config.prompts.answer_column is None:
         raise ConfigError(f"prompts.grader={config.prompts.grader} needs prompts.answer_column")
-    if config.evaluate.prompts > config.prompts.held_out:
+    if config.evaluate.task != "held_out":
+        questions(config)
+    elif config.evaluate.prompts > config.prompts.held_out:
         raise ConfigError(
             f"evaluate.prompts ({config.evaluate.prompts}) must not exceed prompts.held_out ({config.prompts.held_out})"
         )
+    if "code" in (config.prompts.grader, grader_of(config)):
+        sandbox.check(config.sandbox)
     check_prompts(config, config.rounds + 1)
     weights = sum(file.stat().st_size for file in resolve(config.model.base).glob("*.safetensors"))
     _check_memory(config, weights)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jf_cluster.config import Config
+from jf_cluster.evaluate.comparison import compare, comparison_table, modes_table
 from jf_cluster.evaluate.evaluation import load_evaluation
 from jf_cluster.tracking import Tracker
 from trajectory_store import TrajectoryStore
@@ -34,6 +35,7 @@ class Row:
     tps_ar: float | None
     tps_jacobi: float | None
     tps_multiblock: float | None
+    tps_strongest_ar: float | None
     accuracy_ar: float | None
     accuracy_jacobi: float | None
     accuracy_multiblock: float | None
@@ -69,6 +71,7 @@ def _row(config: Config, round_number: int) -> Row | None:
         tps_ar=evaluation.ar.tps if evaluation else None,
         tps_jacobi=evaluation.jacobi.tps if evaluation else None,
         tps_multiblock=evaluation.multiblock.tps if evaluation else None,
+        tps_strongest_ar=evaluation.strongest_ar_tps if evaluation else None,
         accuracy_ar=evaluation.ar.accuracy if evaluation else None,
         accuracy_jacobi=evaluation.jacobi.accuracy if evaluation else None,
         accuracy_multiblock=evaluation.multiblock.accuracy if evaluation else None,
@@ -119,7 +122,7 @@ def table(rows: list[Row]) -> Table:
             _figures(2, row.iterations_per_block),
             _figures(2, row.tpf_jacobi, row.tpf_multiblock),
             _figures(0, row.tps_ar, row.tps_jacobi, row.tps_multiblock),
-            _figures(2, _ratio(row.tps_jacobi, row.tps_ar), _ratio(row.tps_multiblock, row.tps_ar)),
+            _figures(2, *(_ratio(tps, row.tps_strongest_ar) for tps in (row.tps_jacobi, row.tps_multiblock))),
             _figures(1, *map(_percent, (row.accuracy_ar, row.accuracy_jacobi, row.accuracy_multiblock))),
             _figures(1, _percent(row.agreement_with_base)),
             _figures(0, row.seconds_collect),
@@ -131,6 +134,17 @@ def table(rows: list[Row]) -> Table:
 def print_table(rows: list[Row]) -> None:
     """Show the table; a narrow terminal or a log gets it whole rather than cut."""
     Console(width=max(Console().width, TABLE_WIDTH)).print(table(rows))
+
+
+def print_evaluation(config: Config, round_number: int) -> None:
+    """Show how a model decodes in every mode, and how it differs from every earlier one."""
+    found = [load_evaluation(config, r) for r in range(round_number + 1)]
+    if (now := found[-1]) is None:
+        return
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    console.print(modes_table(now))
+    if earlier := [e for e in found[:-1] if e is not None]:
+        console.print(comparison_table([compare(now, before) for before in earlier]))
 
 
 def log_report(config: Config, tracker: Tracker, rows: list[Row]) -> None:

@@ -17,10 +17,11 @@ from omegaconf import OmegaConf
 from jf_cluster.cluster import connected
 from jf_cluster.collect import collect_round
 from jf_cluster.config import Config, ConfigError
-from jf_cluster.evaluate import evaluate_round, load_evaluation
+from jf_cluster.evaluate import load_evaluation
+from jf_cluster.evaluate.evaluating import evaluate_round
 from jf_cluster.models import resolve
 from jf_cluster.preflight import check
-from jf_cluster.report import log_report, print_table, write_report
+from jf_cluster.report import log_report, print_evaluation, print_table, write_report
 from jf_cluster.run_log import kept_log
 from jf_cluster.tracking import Tracker
 from jf_cluster.train import train_round
@@ -36,7 +37,7 @@ OPERATIONAL = frozenset(
         "collect.commit_every_s",
         *("train.workers", "train.cpus_per_worker", "train.gpus_per_worker", "train.loss_chunk_tokens", "train.zero"),
         *("train.gradient_checkpointing", "train.checkpoint_every_steps", "train.keep_checkpoints"),
-        *("train.max_restarts", "evaluate.batch_prompts"),
+        *("train.max_restarts", "evaluate.batch_prompts", "sandbox"),
     }
 )
 """Settings that say how a run is carried out, not what comes out of it: they may change between its commands."""
@@ -105,6 +106,7 @@ class Rounds:
         self._make_models(round_number)
         self._evaluate(0)
         self._evaluate(round_number)
+        print_evaluation(self.config, round_number)
         print_table(write_report(self.config))
         self._say(f"the evaluation of model {round_number} is in {self.config.run_dir / 'evaluation'}", "collect")
 
@@ -119,6 +121,7 @@ class Rounds:
         rows = write_report(self.config)
         if self._connected:  # otherwise nothing was made, and the figures are recorded already
             log_report(self.config, self.tracker, rows)
+        print_evaluation(self.config, self.config.rounds)
         print_table(rows)
         self._say(
             f"{self.config.rounds} rounds are done; the model is in {self.config.model_dir(self.config.rounds)}, "

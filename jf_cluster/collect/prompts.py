@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,10 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
-from jf_cluster.config import Config, PromptsConfig
+from jf_cluster.config import Config, PromptsConfig, Template
 from jf_cluster.tiny.problems import Split, problem, split_of
 
-LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
 TINY_SEED = 1_000_000
 """Generated training prompts come from streams of their own, not from the ones the shipped base was trained on."""
@@ -59,7 +60,7 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, round_numbe
     chosen = list(itertools.islice(_texts(config, "train"), skipped, skipped + settings.per_round))
     if len(chosen) < settings.per_round:
         raise _too_few(config, round_number)
-    return [_tokenized(text, answer, tokenizer, settings) for text, answer in chosen]
+    return [tokenized(text, answer, tokenizer, settings.template) for text, answer in chosen]
 
 
 def _too_few(config: Config, round_number: int) -> PromptsError:
@@ -103,7 +104,7 @@ def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list
     chosen = list(itertools.islice(_texts(config, "heldout"), settings.held_out))
     if len(chosen) < settings.held_out:
         raise _too_few_held_out(settings, len(chosen))
-    return [_tokenized(text, answer, tokenizer, settings) for text, answer in chosen]
+    return [tokenized(text, answer, tokenizer, settings.template) for text, answer in chosen]
 
 
 def _too_few_held_out(settings: PromptsConfig, there: int) -> PromptsError:
@@ -147,7 +148,7 @@ def _tiny(seed: int, split: Split) -> Iterator[tuple[str, str | None]]:
 def _rows(config: Config) -> Iterator[tuple[str, str | None]]:
     """Yield text and answer of every row of a data set, in an order that depends on the seed alone."""
     settings = config.prompts
-    data = _dataset(config.prompts)
+    data = read_dataset(settings.source, settings.subset, settings.split, "prompts.source")
     columns = [settings.column] + ([settings.answer_column] if settings.answer_column else [])
     for name in columns:
         if name not in data.column_names:
@@ -165,38 +166,58 @@ def _rows(config: Config) -> Iterator[tuple[str, str | None]]:
                 raise PromptsError(
                     f"column {settings.column!r} of {settings.source} holds {type(text).__name__}, not text"
                 )
-            yield text, None if answer is None else str(answer)
+            yield text, _as_text(answer)
 
 
-def _dataset(settings: PromptsConfig) -> datasets.Dataset:
+def _as_text(answer: object) -> str | None:
+    """A reference answer as text; a list, such as MBPP's tests, as JSON."""
+    return json.dumps(answer) if isinstance(answer, list) else None if answer is None else str(answer)
+
+
+def read_dataset(source: str, subset: str | None, split: str, setting: str) -> datasets.Dataset:
+    """Read a local file, or a data set of the Hugging Face hub; ``setting`` is the one to name in messages.
+
+    Raises:
+        PromptsError: it cannot be read or has no rows.
+    """
     datasets.disable_progress_bars()
-    path = Path(settings.source)
-    kind = LOCAL_FORMATS.get(path.suffix)
+    path = Path(source)
+    kind = next((kind for suffix, kind in LOCAL_FORMATS.items() if path.name.endswith(suffix)), None)
     try:
         if kind is not None:
             if not path.is_file():
-                raise PromptsError(f"there is no file {path} (prompts.source)")
+                raise PromptsError(f"there is no file {path} ({setting})")
             # `datasets` fails on empty files with messages about other things.
             if path.stat().st_size == 0 or (kind == "parquet" and parquet.read_metadata(path).num_rows == 0):
-                raise PromptsError(f"{path} (prompts.source) is empty: it has no rows")
+                raise PromptsError(f"{path} ({setting}) is empty: it has no rows")
             return datasets.load_dataset(kind, data_files=str(path), split="train")
-        return datasets.load_dataset(settings.source, settings.subset, split=settings.split)
+        return datasets.load_dataset(source, subset, split=split)
     except DatasetNotFoundError as error:
         raise PromptsError(
-            f"{settings.source} (prompts.source) is neither 'tiny', nor a .json, .jsonl or .parquet file, nor a data "
-            f"set that can be reached: {error}"
+            f"{source} ({setting}) is neither 'tiny', nor a .json, .jsonl or .parquet file, nor a data set that can be "
+            f"reached: {error}"
         ) from error
     except (DatasetGenerationError, pyarrow.ArrowException, ConnectionError, ValueError) as error:
         if isinstance(error, PromptsError):
             raise
         reason = error.__cause__ or error
-        raise PromptsError(f"{settings.source} (prompts.source) cannot be read: {reason}") from error
+        raise PromptsError(f"{source} ({setting}) cannot be read: {reason}") from error
 
 
-def _tokenized(text: str, answer: str | None, tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig) -> Prompt:
-    if settings.template == "chat" and not tokenizer.chat_template:
+def in_chat(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
+    """Whether prompts are messages of a conversation rather than text to be continued.
+
+    Raises:
+        PromptsError: a chat template is asked for and the tokenizer has none.
+    """
+    if template == "chat" and not tokenizer.chat_template:
         raise PromptsError("prompts.template is 'chat' and the model's tokenizer has no chat template: use 'plain'")
-    if settings.template != "plain" and tokenizer.chat_template:
+    return template != "plain" and bool(tokenizer.chat_template)
+
+
+def tokenized(text: str, answer: str | None, tokenizer: PreTrainedTokenizerBase, template: Template) -> Prompt:
+    """Give a text as the prompt that the model gets; errors as ``in_chat``."""
+    if in_chat(tokenizer, template):
         messages = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     else:

@@ -15,9 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from jf_cluster.collect.dispatch import Report
-from jf_cluster.collect.graders import is_right
 from jf_cluster.collect.prompts import Prompt
 from jf_cluster.config import Config
+from jf_cluster.evaluate.graders import grade
 from jf_cluster.jacobi.responses import Response, generate_responses
 from jf_cluster.jacobi.sampling import Sampling, prompt_key
 from jf_cluster.jacobi.trajectories import trace
@@ -140,10 +140,16 @@ class Collector:
             return self._written_by(self.model, prompts, keys), 0
         responses: list[Response | None] = [None] * len(prompts)
         if mode == "verified":
-            grader = self.config.prompts.grader
-            for i, own in enumerate(self._written_by(self.model, prompts, keys)):
-                text = self.tokenizer.decode(own.tokens, skip_special_tokens=True)
-                responses[i] = own if own.finished and is_right(grader, text, prompts[i].answer) else None
+            written = self._written_by(self.model, prompts, keys)
+            finished = [i for i, own in enumerate(written) if own.finished]
+            pairs = [
+                (self.tokenizer.decode(written[i].tokens, skip_special_tokens=True), prompts[i].answer)
+                for i in finished
+            ]
+            threads = max(1, int(self.config.collect.cpus_per_worker))
+            verdicts = grade(self.config.prompts.grader, pairs, self.config.sandbox, threads)
+            for i, right in zip(finished, verdicts, strict=True):
+                responses[i] = written[i] if right else None
         reused = 0
         for i, prompt in enumerate(prompts):
             if responses[i] is None and (found := self._earlier_response(prompt)) is not None:

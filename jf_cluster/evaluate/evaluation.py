@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from jf_cluster.config import Config
+from jf_cluster.config import Config, Task
 
 Mode = Literal["ar", "jacobi", "multiblock"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+class EvaluateError(RuntimeError):
+    """A model that cannot be evaluated, or an evaluation that cannot be read; the message says why."""
 
 
 class _Frozen(BaseModel):
@@ -18,16 +22,20 @@ class _Frozen(BaseModel):
 
 
 class ModeResult(_Frozen):
-    """One decoding mode on the held-out prompts."""
+    """One decoding mode on the task's prompts."""
 
     accuracy: float | None
     """Share of right answers; None without a grader."""
+    interval: tuple[float, float] | None = None
+    """95% confidence interval of the accuracy (Wilson's)."""
     tpf: float
     """Response tokens per decode forward over all prompts, the prefill's token not counted."""
     tps: float
     """Median over prompts of response tokens per second, one prompt at a time, prefill not counted."""
     same_as_ar: float
     """Share of responses that are token for token this model's AR responses: 1 in float32."""
+    acceptance: tuple[float, ...] = ()
+    """By position i, from 0: share of decode forwards that added more than i tokens. Their sum is the TPF."""
 
 
 class Evaluation(_Frozen):
@@ -35,13 +43,21 @@ class Evaluation(_Frozen):
 
     round: int
     model_hash: str
+    task: Task = "held_out"
     prompts: int
+    """Prompts that were decoded."""
     rejected: int
-    """Held-out prompts that could not be decoded."""
+    """Prompts that could not be decoded; they count nowhere."""
     speed_prompts: int
     ar: ModeResult
     jacobi: ModeResult
     multiblock: ModeResult
+    tps_transformers: float | None = None
+    """As ``tps``, of transformers' own greedy ``generate`` on the same model: the other AR baseline."""
+    block_size: int | None = None
+    """Tokens of the blocks that ``iterations_per_block`` counts (``evaluate.decoding.block_size``)."""
+    iterations_per_block: float | None = None
+    """Jacobi iterations until a block of the AR responses is fixed, the mean over all blocks."""
     agreement_with_base: float
     """Share of prompts whose AR answer is the base's (the whole response where no grader reads an answer)."""
     responses_same_as_base: float
@@ -56,16 +72,23 @@ class Evaluation(_Frozen):
     """Why it passed or failed, in one sentence with the figures and the margin."""
     seconds: float
     responses: dict[str, str]
-    """AR response of each held-out prompt, by prompt id."""
+    """AR response of each prompt, by prompt id."""
+    right: dict[str, bool] | None = None
+    """Whether the AR response is right, by prompt id; None without a grader."""
 
     def mode(self, name: Mode) -> ModeResult:
         """Result of one decoding mode."""
         result: ModeResult = getattr(self, name)
         return result
 
+    @property
+    def strongest_ar_tps(self) -> float:
+        """Tokens per second of the fastest autoregressive decoding of this model: this engine's or transformers'."""
+        return max(self.ar.tps, self.tps_transformers or 0.0)
+
     def speedup(self, name: Mode) -> float:
-        """Tokens per second of a mode over this model's AR."""
-        return self.mode(name).tps / self.ar.tps if self.ar.tps else 0.0
+        """Tokens per second of a mode over the strongest AR baseline."""
+        return self.mode(name).tps / self.strongest_ar_tps if self.strongest_ar_tps else 0.0
 
 
 def judge(accuracy: float | None, base: float | None, margin: float) -> tuple[bool, str]:
@@ -92,9 +115,22 @@ def evaluation_path(config: Config, round_number: int) -> Path:
 
 
 def load_evaluation(config: Config, round_number: int) -> Evaluation | None:
-    """Give a round's evaluation, or None where there is none yet."""
+    """Give a round's evaluation, or None where there is none yet.
+
+    Raises:
+        EvaluateError: the file is damaged or of a version that measured other things.
+    """
     path = evaluation_path(config, round_number)
-    return Evaluation.model_validate_json(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Evaluation.model_validate_json(path.read_text())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise EvaluateError(
+            f"{path} is not an evaluation of this version ({'.'.join(map(str, first['loc']))}: {first['msg']}): delete "
+            "it and evaluate the model again"
+        ) from error
 
 
 def save_evaluation(config: Config, evaluation: Evaluation) -> Path:

@@ -1,20 +1,25 @@
-"""The Ray actor that evaluates: held-out prompts decoded in every mode, in batches and one at a time."""
+"""The Ray actor that evaluates: prompts decoded in every mode, in batches and one at a time, and graded."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from jf_cluster.collect.dispatch import Report
 from jf_cluster.collect.prompts import Prompt
 from jf_cluster.config import Config
 from jf_cluster.evaluate.evaluation import MODES, Mode
+from jf_cluster.evaluate.graders import grade
+from jf_cluster.evaluate.tasks import grader_of
 from jf_cluster.jacobi.decoding import Generation, generate
 from jf_cluster.jacobi.drafts import Drafting
 from jf_cluster.jacobi.sampling import prompt_key
+from jf_cluster.jacobi.trajectories import trace
 from jf_cluster.models import end_ids, load_model, load_tokenizer, use_cpu
 
 
@@ -26,11 +31,31 @@ class Answer:
     text: str
     tokens: tuple[int, ...]
     finished: bool
-    forwards: int
+    runs: tuple[int, ...]
+    """Tokens that each decode forward added."""
+    right: bool | None = None
+    """None without a grader."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A batch's answers by mode, in the order of its prompts, and how its AR responses' blocks were iterated."""
+
+    answers: dict[Mode, list[Answer]]
+    blocks: int
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Median tokens per second, one prompt at a time, prefill not counted."""
+
+    modes: dict[Mode, float]
+    transformers: float
 
 
 class Evaluator:
-    """Decodes held-out prompts with model ``round_number``; a worker of jf_cluster.collect.dispatch."""
+    """Decodes prompts with model ``round_number``; a worker of jf_cluster.collect.dispatch."""
 
     def __init__(self, config: Config, round_number: int) -> None:
         use_cpu(config.collect.cpus_per_worker)
@@ -43,8 +68,8 @@ class Evaluator:
     def ready(self) -> None:
         """Return once the model is loaded."""
 
-    def run(self, prompts: Sequence[Prompt]) -> Report[dict[Mode, list[Answer]]]:
-        """Decode a batch in every mode."""
+    def run(self, prompts: Sequence[Prompt]) -> Report[Answered]:
+        """Decode a batch in every mode and grade it."""
         answers: dict[Mode, list[Answer]] = {
             mode: [
                 Answer(
@@ -52,33 +77,81 @@ class Evaluator:
                     self.tokenizer.decode(made.tokens, skip_special_tokens=True),
                     tuple(int(t) for t in made.tokens),
                     made.finished,
-                    made.forwards,
+                    tuple(made.accepted_runs[1:]),
                 )
                 for prompt, made in zip(prompts, self._generate(prompts, mode), strict=True)
             ]
             for mode in MODES
         }
-        return Report(answers, [p.prompt_id for p in prompts])
+        if (grader := grader_of(self.config)) != "none":
+            references = [p.answer for p in prompts]
+            # All modes at once: in float32 they say the same, which is then judged once.
+            pairs = [(a.text, r) for mode in MODES for a, r in zip(answers[mode], references, strict=True)]
+            threads = max(1, int(self.config.collect.cpus_per_worker))
+            verdicts = iter(grade(grader, pairs, self.config.sandbox, threads))
+            answers = {mode: [replace(a, right=next(verdicts)) for a in answers[mode]] for mode in MODES}
+        traces = trace(
+            self.model,
+            [p.tokens for p in prompts],
+            [np.array(a.tokens, dtype=np.int32) for a in answers["ar"]],
+            block_size=self.config.evaluate.decoding.block_size,
+            keys=self._keys(prompts),
+            forward_tokens=self.config.collect.forward_tokens,
+        )
+        answered = Answered(
+            answers,
+            blocks=sum(len(t.iterations) for t in traces),
+            iterations=sum(int(t.iterations.sum()) for t in traces),
+        )
+        return Report(answered, [p.prompt_id for p in prompts])
 
     def finish(self) -> list[str]:
         """Nothing is held back: results travel with the reports."""
         return []
 
-    def speed(self, prompts: Sequence[Prompt]) -> dict[Mode, float]:
-        """Median tokens per second of each mode, one prompt at a time, the modes taking turns on every prompt.
+    def speed(self, prompts: Sequence[Prompt]) -> Speeds:
+        """Measure every mode and transformers' own ``generate``, all taking turns on every prompt.
 
         The first prompt is decoded once before, unmeasured: compilation and first allocations are not speed.
         """
-        rates: dict[Mode, list[float]] = {mode: [] for mode in MODES}
-        for mode in MODES:
-            self._generate(prompts[:1], mode)
+        sides: tuple[Mode | None, ...] = (*MODES, None)  # None: transformers
+        rates: dict[Mode | None, list[float]] = {side: [] for side in sides}
+        for side in sides:
+            self._rate(prompts[0], side)
         for turn, prompt in enumerate(prompts):
-            # Which mode goes first rotates, so that a machine that slows down slows all of them alike.
-            for mode in MODES[turn % len(MODES) :] + MODES[: turn % len(MODES)]:
-                (made,) = self._generate([prompt], mode)
-                if len(made.tokens) > 1 and made.seconds > 0:
-                    rates[mode].append((len(made.tokens) - 1) / made.seconds)
-        return {mode: statistics.median(found) if found else 0.0 for mode, found in rates.items()}
+            # Which side goes first rotates, so that a machine that slows down slows all of them alike.
+            for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
+                if rate := self._rate(prompt, side):
+                    rates[side].append(rate)
+        medians = {side: statistics.median(found) if found else 0.0 for side, found in rates.items()}
+        return Speeds({mode: medians[mode] for mode in MODES}, medians[None])
+
+    def _rate(self, prompt: Prompt, mode: Mode | None) -> float:
+        """Tokens per second after the first token; 0 where there are none."""
+        return self._transformers_rate(prompt) if mode is None else self._generate([prompt], mode)[0].tps
+
+    def _transformers_rate(self, prompt: Prompt) -> float:
+        ids = torch.tensor(prompt.tokens[None].tolist(), device=self.model.device)
+        begun: list[float] = []
+
+        def first_token(*_: object) -> bool:
+            # The prefill is not counted on any side: the clock starts when the first new token is known.
+            if not begun:
+                begun.append(time.perf_counter())
+            return False
+
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=self.config.evaluate.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.end_ids,
+            pad_token_id=self.end_ids[0],
+            repetition_penalty=1.0,  # some models' own settings have one
+            stopping_criteria=[first_token],
+        )
+        written = out.shape[1] - ids.shape[1]  # on a GPU, knowing the shape is knowing that it is done
+        return (written - 1) / (time.perf_counter() - begun[0])
 
     def _generate(self, prompts: Sequence[Prompt], mode: Mode) -> list[Generation]:
         settings = self.config.evaluate
@@ -89,5 +162,8 @@ class Evaluator:
             max_new_tokens=settings.max_new_tokens,
             end_ids=self.end_ids,
             drafting=drafting,
-            keys=[prompt_key(self.config.seed, 0, p.prompt_id) for p in prompts],
+            keys=self._keys(prompts),
         )
+
+    def _keys(self, prompts: Sequence[Prompt]) -> list[int]:
+        return [prompt_key(self.config.seed, 0, p.prompt_id) for p in prompts]

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from jf_cluster.collect.graders import extract, is_right
 from jf_cluster.collect.prompts import PromptsError, check_prompts, held_out_prompts, load_prompts
 from jf_cluster.config import Config
 from jf_cluster.models import load_tokenizer
@@ -140,27 +139,3 @@ def test_a_parquet_file_without_rows(tmp_path: Path, base_model: Path) -> None:
     config = small_config(tmp_path / "runs", base_model, prompts={"source": str(tmp_path / "empty.parquet")})
     with pytest.raises(PromptsError, match="has no rows"):
         check_prompts(config, 1)
-
-
-@pytest.mark.parametrize(
-    ("grader", "response", "reference", "right"),
-    [
-        ("arithmetic", "so it is.\n#### 12", "12", True),
-        ("arithmetic", "so it is.\n#### 12 apples", "12", False),
-        ("arithmetic", "#### 1\n#### 12", "12", True),
-        ("arithmetic", "it is 12", "12", False),
-        ("gsm8k", "Natalia sold 72.\n#### 1,072", "step\n#### 1072", True),
-        ("gsm8k", "The answer is $72.00.", "#### 72", True),
-        ("gsm8k", "#### 72.50", "#### 72.5", True),
-        ("gsm8k", "#### -3", "#### 3", False),
-        ("gsm8k", "none", "#### 3", False),
-    ],
-)
-def test_graders(grader: str, response: str, reference: str, right: bool) -> None:
-    assert is_right(grader, response, reference) is right  # type: ignore[arg-type]
-
-
-def test_without_a_grader_the_answer_is_the_response() -> None:
-    assert extract("none", " a b\n") == "a b"
-    with pytest.raises(ValueError, match="grader"):
-        is_right("none", "a", "a")

@@ -1,0 +1,97 @@
+"""What is computed from answers: intervals, acceptance by position, and a model against an earlier one."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jf_cluster.config import Config
+from jf_cluster.evaluate.comparison import compare, comparison_table, modes_table
+from jf_cluster.evaluate.evaluation import (
+    EvaluateError,
+    Evaluation,
+    ModeResult,
+    evaluation_path,
+    judge,
+    load_evaluation,
+)
+from jf_cluster.evaluate.scoring import acceptance, wilson
+
+
+def evaluation(round_number: int, right: str, tpf: float, **changes: object) -> Evaluation:
+    """``right`` holds a letter a prompt: y right, n wrong."""
+    accuracy = right.count("y") / len(right)
+
+    def result(factor: float) -> ModeResult:
+        return ModeResult(accuracy=accuracy, interval=(0.25, 0.75), tpf=factor, tps=100 * factor, same_as_ar=1.0)
+
+    made = Evaluation(
+        round=round_number, model_hash="x", prompts=len(right), rejected=0, speed_prompts=1, ar=result(1.0),
+        jacobi=result(tpf), multiblock=result(tpf), tps_transformers=200.0, agreement_with_base=1.0,
+        responses_same_as_base=1.0, unfinished=0, accuracy_drop=0.0, passed=True, reason="within 2 points", seconds=1.0,
+        responses={str(i): r for i, r in enumerate(right)}, right={str(i): r == "y" for i, r in enumerate(right)},
+    )  # fmt: skip
+    return made.model_copy(update=changes)
+
+
+def test_wilsons_interval() -> None:
+    """The figures of Newcombe 1998 (table I), and both ends."""
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert wilson(29, 29) == pytest.approx((0.8830, 1.0), abs=1e-4)
+
+
+def test_acceptance_by_position_sums_to_the_tokens_per_forward() -> None:
+    assert acceptance([1, 1, 3, 4]) == (1.0, 0.5, 0.5, 0.25)
+    assert sum(acceptance([1, 1, 3, 4])) == 9 / 4
+    assert acceptance([]) == ()
+
+
+def test_against_an_earlier_model() -> None:
+    compared = compare(evaluation(2, "yyynnn", 3.0), evaluation(1, "ynnynn", 2.0))
+    assert compared.accuracy_change == pytest.approx(1 / 6)
+    assert (compared.gained, compared.lost, compared.same_responses) == (2, 1, 0.5)
+    assert compared.tpf_ratio == compared.tps_ratio == 1.5
+    assert compared.chance == 1.0  # 2 against 1 says nothing
+    assert compare(evaluation(2, "n" * 10, 1.0), evaluation(1, "y" * 10, 1.0)).chance == pytest.approx(2 / 2**10)
+    ungraded = compare(evaluation(1, "yn", 1.0).model_copy(update={"right": None}), evaluation(0, "yn", 1.0))
+    assert (ungraded.gained, ungraded.lost, ungraded.chance) == (0, 0, None)
+
+
+def test_speed_up_is_over_the_strongest_ar() -> None:
+    now = evaluation(1, "yn", 3.0)
+    assert (now.strongest_ar_tps, now.speedup("jacobi"), now.speedup("ar")) == (200.0, 1.5, 0.5)
+    assert now.model_copy(update={"tps_transformers": 50.0}).speedup("jacobi") == 3.0
+
+
+def test_the_tables_say_it() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=150)
+    now, before = evaluation(2, "yyynnn", 3.0, passed=False, reason="fell"), evaluation(0, "ynnynn", 2.0)
+    console.print(modes_table(now))
+    console.print(comparison_table([compare(now, before)]))
+    text = out.getvalue()
+    assert "model 2 on held_out, 6 prompts: FAILED, fell" in text
+    assert "50.0 (25.0 to 75.0)" in text and "ar, transformers" in text
+    assert "base" in text and "+16.7" in text and "2, 1" in text
+
+
+def test_a_file_of_another_version_is_said_to_be_so(tmp_path: Path) -> None:
+    config = Config(runs_dir=tmp_path)
+    path = evaluation_path(config, 0)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"round": 0, "failed": false}')
+    with pytest.raises(EvaluateError, match=r"round-000.json is not an evaluation of this version"):
+        load_evaluation(config, 0)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "base", "passed"),
+    [(0.94, 0.96, True), (0.93, 0.96, False), (1.0, 0.5, True), (None, None, True), (0.0, 0.02, True)],
+)
+def test_the_gate_allows_the_margin_and_no_more(accuracy: float | None, base: float | None, passed: bool) -> None:
+    assert judge(accuracy, base, 0.02)[0] is passed
