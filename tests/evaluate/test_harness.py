@@ -1,0 +1,76 @@
+"""The EleutherAI harness on our decoder: the same answers as with its own Hugging Face model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+lm_eval = pytest.importorskip("lm_eval", reason="the lm-eval extra is not installed")
+
+GENERATING = """
+task: mine_generating
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["7"], max_gen_toks: 24, do_sample: false, temperature: 0.0}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+CHOOSING = """
+task: mine_choosing
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: [" one", " two"]
+doc_to_target: 0
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": f"{'How much ' * (n % 3)}is {n}?", "answer": "1"} for n in range(6)]
+    (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, text in (("generating", GENERATING), ("choosing", CHOOSING)):
+        (directory / f"{name}.yaml").write_text(text.replace("FILE", str(directory / "rows.jsonl")))
+    return directory
+
+
+def evaluated(model: str, base_model: Path, tasks: Path, **settings: object) -> dict:
+    import jf_cluster.evaluate.harness  # noqa: F401  (registers the model)
+
+    return lm_eval.simple_evaluate(
+        model=model,
+        model_args={"pretrained": str(base_model), "dtype": "float32", **settings},
+        tasks=["mine_generating", "mine_choosing"],
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False),
+        batch_size=3,
+        device="cpu",
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+
+
+def test_any_task_gives_what_it_gives_with_the_harness_own_model(base_model: Path, tasks: Path) -> None:
+    ours = evaluated("jacobi", base_model, tasks, block_size=8)
+    theirs = evaluated("hf", base_model, tasks)
+    for task in ("mine_generating", "mine_choosing"):
+        made, expected = ({s["doc_id"]: s["resps"] for s in results["samples"][task]} for results in (ours, theirs))
+        assert made == expected and len(made) == 6
+    assert ours["config"]["tokens_per_forward"] > 1.0 and ours["config"]["response_tokens"] > 6
+
+
+def test_settings_that_would_be_ignored_are_refused(base_model: Path) -> None:
+    from jf_cluster.evaluate.harness import JacobiLM
+    from jf_cluster.jacobi.sampling import GREEDY, Sampling
+
+    assert JacobiLM._sampling({"do_sample": False, "temperature": 0.0, "num_beams": 1}) == GREEDY
+    assert JacobiLM._sampling({"temperature": 0.5, "top_p": 0.9}) == Sampling(0.5, top_p=0.9)
+    with pytest.raises(ValueError, match="num_beams"):
+        JacobiLM._sampling({"num_beams": 4})
