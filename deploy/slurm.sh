@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# A distillation under Slurm, from the root of a clone on a file system that all nodes share:
+#   make .venv/ready && sbatch deploy/slurm.sh configs/multi-node.yaml [train.steps=100 …]
+# Five minutes before its time is over the job stops at a safe point and is queued again; so is one whose node failed.
+#SBATCH --job-name=jf-cluster
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@300
+#SBATCH --requeue
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}"
+configuration=${1:?name a configuration, for example configs/multi-node.yaml}
+# shellcheck disable=SC1091
+. .venv/bin/activate
+
+# Ray's servers leave 127.0.0.1 for the nodes' network; the token keeps other users of the cluster out.
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1 RAY_AUTH_MODE=token
+ray get-auth-token --generate > /dev/null
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes[0]}
+ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+export RAY_ADDRESS=$ip:$((20000 + SLURM_JOB_ID % 20000))
+resources=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
+
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+srun --nodes=1 --ntasks=1 --nodelist="$head" \
+    ray start --head --node-ip-address="$ip" --port="${RAY_ADDRESS##*:}" --include-dashboard=false "${resources[@]}" --block &
+until ray status > /dev/null 2>&1; do
+    kill -0 $! || { echo "error: Ray's head did not start on $head" >&2; exit 1; }
+    sleep 2
+done
+if ((${#nodes[@]} > 1)); then
+    srun --nodes=$((${#nodes[@]} - 1)) --ntasks=$((${#nodes[@]} - 1)) --exclude="$head" \
+        ray start --address="$RAY_ADDRESS" "${resources[@]}" --block &
+fi
+
+python jobs/distill.py --config "$configuration" "${@:2}" &
+driver=$!
+stopping=
+trap 'stopping=1; kill -TERM $driver' TERM
+code=0
+wait $driver || code=$?
+if [[ $stopping ]]; then # the signal ended that wait, not the driver
+    code=0
+    wait $driver || code=$?
+fi
+if ((code == 130)); then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code

@@ -1,0 +1,175 @@
+"""The files in deploy/: KubeRay's and the cluster launcher's against their schemas, Slurm's script run for real.
+
+Slurm itself is replaced by two commands that do on this machine what it does on nodes, so the script brings up two
+raylets with scratch directories of their own and distils over both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import ray
+import yaml
+
+from jf_cluster.config import load_config
+from tests.flow.conftest import small_config
+
+ROOT = Path(__file__).parent.parent.parent
+DEPLOY = ROOT / "deploy"
+
+# What KubeRay 1.6 knows of what is used: a name not in here is misspelt, and its pods are Kubernetes' own.
+RAY_JOB = {
+    "apiVersion", "kind", "metadata", "spec", "spec.entrypoint", "spec.submissionMode", "spec.backoffLimit",
+    "spec.shutdownAfterJobFinishes", "spec.ttlSecondsAfterFinished", "spec.rayClusterSpec",
+}  # fmt: skip
+RAY_CLUSTER = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+HEAD = {"rayStartParams", "template"}
+WORKERS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+
+
+def test_the_ray_job_is_what_kuberay_and_kubernetes_take() -> None:
+    job = yaml.safe_load((DEPLOY / "kuberay-rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    assert {*job, *(f"spec.{key}" for key in job["spec"])} <= RAY_JOB
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    assert set(cluster) <= RAY_CLUSTER and set(groups[0]) <= HEAD and all(set(g) <= WORKERS for g in groups[1:])
+    for group in groups:
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
+        kubernetes_validate.validate(pod, "1.33", strict=True)
+    assert cluster["rayVersion"] == ray.__version__, "the submitter and the cluster must speak the same Ray"
+    assert f"rayproject/ray:{ray.__version__}" in (DEPLOY / "Dockerfile").read_text()
+    _check_gpus(job["spec"]["entrypoint"], sum(_gpus(group) for group in groups[1:]))
+
+
+def _gpus(group: dict[str, Any]) -> int:
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return int(limits["nvidia.com/gpu"]) * group["replicas"]
+
+
+def _check_gpus(command: str, gpus: int) -> None:
+    """The configuration a deployment names exists and uses every GPU it brings up."""
+    found = re.search(r"configs/[\w.-]+\.yaml", command)
+    assert found is not None
+    config = load_config(ROOT / found[0])
+    assert config.train.workers * config.train.gpus_per_worker == gpus
+    assert config.collect.workers * config.collect.gpus_per_worker == gpus
+
+
+def test_the_cluster_launchers_file_fits_rays_schema() -> None:
+    text = (DEPLOY / "ray-cluster.yaml").read_text()
+    cluster = yaml.safe_load(text)
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(cluster, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(cluster | {"head_node_typ": "head"}, schema)
+    types = cluster["available_node_types"]
+    assert cluster["head_node_type"] in types
+    _check_gpus(text, sum(t["resources"].get("GPU", 0) * t.get("min_workers", 0) for t in types.values()))
+
+
+SRUN = """#!/usr/bin/env bash
+# Runs a step here: its options are Slurm's, its node has a scratch directory of its own.
+node=other
+while [[ $1 == --* ]]; do [[ $1 == --nodelist=* ]] && node=${1#*=}; shift; done
+if [[ $1 == hostname ]]; then echo 127.0.0.1; exit; fi
+export RAY_TMPDIR=$SCRATCH/$node
+mkdir -p "$RAY_TMPDIR"
+echo "$node: $*" >> "$SCRATCH/steps"
+exec "$@"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then printf '%s\\n' first second; else echo "$*" >> "$SCRATCH/control"; fi
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a job of two nodes with one core each."""
+    root = tmp_path / "clone"
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".venv" / "bin" / "activate").touch()
+    (root / "jobs").symlink_to(ROOT / "jobs")
+    scratch = Path(tempfile.mkdtemp(prefix="jf"))  # short: sockets lie in it
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), clean["PATH"]])
+    yield clean | {
+        "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(scratch), "SCRATCH": str(scratch),
+        "SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "[first,second]",
+        "SLURM_CPUS_PER_TASK": "1",
+    }  # fmt: skip
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _submit(environment: dict[str, str], said: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    with said.open("wb") as output:
+        return subprocess.Popen(
+            [DEPLOY / "slurm.sh", *arguments], env=environment, start_new_session=True, stdin=subprocess.DEVNULL,
+            stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def _end(job: subprocess.Popen[bytes]) -> None:
+    """What Slurm does when a job is over: nothing of it lives on."""
+    try:
+        os.killpg(job.pid, signal.SIGTERM)
+        time.sleep(1)
+        os.killpg(job.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def test_slurms_script_distils_over_two_nodes(slurm: dict[str, str], base_model: Path, tmp_path: Path) -> None:
+    config = small_config(tmp_path / "shared", base_model, rounds=1)
+    settings = tmp_path / "small.yaml"
+    settings.write_text(config.to_yaml())
+    # Two collectors and two ranks need a core each, and no node has two.
+    said = tmp_path / "said"
+    job = _submit(slurm, said, str(settings), "collect.workers=2", "train.workers=2", "train.steps=2")
+    try:
+        assert job.wait(timeout=500) == 0, said.read_text()
+    finally:
+        _end(job)
+    steps = Path(slurm["SCRATCH"], "steps").read_text()
+    assert re.search(r"^first: ray start --head .*--num-cpus=1", steps, re.MULTILINE)
+    assert re.search(r"^other: ray start --address=127\.0\.0\.1:\d+", steps, re.MULTILINE)
+    assert [r["round"] for r in json.loads((config.run_dir / "report.json").read_text())["rounds"]] == [0, 1]
+
+
+def test_slurms_script_stops_before_its_time_is_over_and_is_queued_again(
+    slurm: dict[str, str], base_model, tmp_path
+) -> None:
+    config = small_config(tmp_path / "shared", base_model, rounds=1)
+    settings = tmp_path / "small.yaml"
+    settings.write_text(config.to_yaml())
+    said = tmp_path / "said"
+    job = _submit(slurm, said, str(settings), "collect.workers=2")
+    try:
+        while "evaluating model 0" not in said.read_text():
+            assert job.poll() is None, said.read_text()
+            time.sleep(0.2)
+        os.kill(job.pid, signal.SIGTERM)
+        assert job.wait(timeout=300) == 130, said.read_text()
+    finally:
+        _end(job)
+    assert Path(slurm["SCRATCH"], "control").read_text().split() == ["requeue", str(os.getpid())]
