@@ -16,8 +16,8 @@ from pathlib import Path
 
 from bench.measure import MACHINE
 
-NOT_BENCHMARKS = {"__init__", "__main__", "ablate", "ablation", "mds", "measure", "published", "tiny_inputs"}
-"""Parts of benchmarks, and the ablation, which takes an hour and a directory for its cells."""
+NOT_BENCHMARKS = {"__init__", "__main__", "ablate", "ablation", "gpu", "mds", "measure", "published", "tiny_inputs"}
+"""Parts of benchmarks; the ablation, which takes hours and a directory for its cells; the list for a GPU."""
 
 _HEAD = """# Benchmarks
 

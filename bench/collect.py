@@ -13,11 +13,12 @@ from jf_cluster.jacobi.trajectories import trace
 
 def main() -> None:
     p = parser(__doc__ or "")
-    p.add_argument("--model", default=str(tiny_inputs.TINY))
+    p.add_argument("--model", default=tiny_inputs.default_model())
     p.add_argument("--prompts", type=int, default=64)
     p.add_argument("--published-prompts", type=int, default=8, help="the published side handles this many of them")
     p.add_argument("--block-size", type=int, default=16)
     p.add_argument("--max-new-tokens", type=int, default=192)
+    p.add_argument("--forward-tokens", type=int, default=2048, help="most tokens of one forward while iterating")
     p.set_defaults(repeats=3)
     args = p.parse_args()
     use_threads(args.threads)
@@ -26,14 +27,15 @@ def main() -> None:
     keys = range(len(prompts))
     responses = generate_responses(model, prompts, max_new_tokens=args.max_new_tokens, end_ids=[end])
 
-    traces = trace(model, prompts, [r.tokens for r in responses], block_size=args.block_size, keys=keys)
+    options = {"block_size": args.block_size, "keys": keys, "forward_tokens": args.forward_tokens}
+    traces = trace(model, prompts, [r.tokens for r in responses], **options)
     response_tokens = sum(len(r.tokens) for r in responses)
 
     def ours_generation() -> None:
         generate_responses(model, prompts, max_new_tokens=args.max_new_tokens, end_ids=[end])
 
     def ours_trajectories() -> None:
-        trace(model, prompts, [r.tokens for r in responses], block_size=args.block_size, keys=keys)
+        trace(model, prompts, [r.tokens for r in responses], **options)
 
     def theirs() -> list[list[int]]:
         return [

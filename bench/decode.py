@@ -42,11 +42,26 @@ def bare_forward_s(model: PreTrainedModel, length: int, tokens: int, repeats: in
     return statistics.median(seconds)
 
 
+def bandwidth_limit_s(model: PreTrainedModel) -> float:
+    """Least seconds of a forward over one token: every weight read once at the speed the device copies memory."""
+    source = torch.empty(2**28, dtype=torch.int32, device=model.device)
+    target = torch.empty_like(source)
+
+    def copy_s() -> float:
+        begun = time.perf_counter()
+        target.copy_(source)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    rate = 2 * source.nbytes / min(copy_s() for _ in range(10))
+    read = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
+    return read / rate
+
+
 def main() -> None:
     p = parser(__doc__ or "")
-    p.add_argument(
-        "--model", default=str(tiny_inputs.trained()), help="a trained round's export; the base shows no gain"
-    )
+    p.add_argument("--model", default=tiny_inputs.trained(), help="a trained round's export; the base shows no gain")
     p.add_argument("--prompts", type=int, default=16)
     p.add_argument("--max-new-tokens", type=int, default=192)
     p.add_argument("--block-sizes", type=int, nargs="+", default=[8, 16, 32])
@@ -135,11 +150,15 @@ def main() -> None:
         "best": best,
         "exact": str(all([g.tokens for g in made[m]] == [g.tokens for g in made["ar"]] for m in made)),
     }
+    if args.device == "cuda":
+        one = statistics.median(g.seconds / g.forwards for g in made["ar"] if g.forwards)
+        figures["share_ar_of_bandwidth_limit"] = bandwidth_limit_s(model) / one
     for name in sides:
         figures[f"speedup_{name}"] = speed(name, "ar")
         if name in made:
             figures[f"tpf_{name}"] = tpf(name)
-    if args.low_dtype != "none":
+            figures[f"conversion_{name}"] = speed(name, "ar") / tpf(name)
+    if args.low_dtype != "none" and args.model not in tiny_inputs.SHAPES:
         model.to(getattr(torch, args.low_dtype))
         batch = [prompt.tolist() for prompt in tiny_inputs.prompts(args.model, args.low_prompts)[0]]
         options = {"max_new_tokens": args.max_new_tokens, "end_ids": [end]}

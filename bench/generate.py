@@ -15,7 +15,7 @@ from jf_cluster.jacobi.responses import generate_responses
 
 def main() -> None:
     p = parser(__doc__ or "")
-    p.add_argument("--model", default=str(tiny_inputs.TINY))
+    p.add_argument("--model", default=tiny_inputs.default_model())
     p.add_argument("--prompts", type=int, default=64)
     p.add_argument("--max-new-tokens", type=int, default=192)
     p.set_defaults(repeats=2)

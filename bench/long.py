@@ -55,7 +55,7 @@ def steps(model: PreTrainedModel, prompt: list[int], drafting: Drafting, tokens:
 
 def main() -> None:
     p = parser(__doc__ or "")
-    p.add_argument("--model", default=str(tiny_inputs.TINY))
+    p.add_argument("--model", default=tiny_inputs.default_model())
     p.add_argument("--tokens", type=int, default=4096)
     p.add_argument("--block-size", type=int, default=16)
     args = p.parse_args()

@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace, response_tokens: int) -> dict[str, Value]:
 
 def main() -> None:
     p = parser(__doc__ or "")
-    p.add_argument("--model", default=str(tiny_inputs.TINY))
+    p.add_argument("--model", default=tiny_inputs.default_model())
     p.add_argument("--samples", type=int, default=16)
     p.add_argument("--response-tokens", type=int, default=512, help="length of the responses of the first measurement")
     p.add_argument("--block-size", type=int, default=16)

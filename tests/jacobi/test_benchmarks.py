@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from bench import published
+from bench import attention, gpu, published, tiny_inputs
 from bench.ablate import DEFAULT, DirectoryOfAnotherAblationError, cell_name, open_directory, table, wanted, write_json
 from bench.ablation import Effort, Outcome
 from jf_cluster.jacobi.attention import branch_attention
@@ -73,3 +75,35 @@ def test_ablations_of_different_effort_are_not_mixed(tmp_path: Path) -> None:
     open_directory(tmp_path / "cells", Effort(), "other/base")
     with pytest.raises(DirectoryOfAnotherAblationError, match="name another"):
         open_directory(tmp_path / "cells", replace(Effort(), steps=1), "some/base")
+
+
+def test_the_attention_benchmark_measures_backends_that_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = tmp_path / "attention.json"
+    arguments = ["--shapes", "40x2", "--block-sizes", "4", "--windows", "1", "0", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", ["attention", *arguments, "--device", "cpu", "--json", str(figures)])
+    attention.main()
+    found = json.loads(figures.read_text())
+    assert {k for k in found if k.startswith("difference")} == {f"difference_sdpa_40x2_n4_w{w}" for w in (1, 0)}
+    assert all(found[k] < 1e-5 for k in found if k.startswith("difference"))
+
+
+def test_models_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiny_inputs.SHAPES, "small", (32, 64, 2, 4, 2, 50))
+    model = tiny_inputs.load("small", "cpu")
+    assert (model.dtype, model.config.num_key_value_heads, model.config.vocab_size) == (torch.bfloat16, 2, 50)
+    prompts, end = tiny_inputs.prompts("small", 3)
+    assert end == 49 and [len(p) for p in prompts] == [tiny_inputs.SHAPE_PROMPT_TOKENS] * 3
+
+
+def test_the_list_for_a_gpu_asks_for_what_the_benchmarks_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command's flags are parsed by its benchmark; what comes after parsing is not run."""
+
+    def parsed(threads: int) -> None:
+        raise InterruptedError
+
+    for module, *flags in gpu.LIST.values():
+        benchmark = importlib.import_module(f"bench.{module}")
+        monkeypatch.setattr(benchmark, "use_threads", parsed)
+        monkeypatch.setattr("sys.argv", [module, *flags])
+        with pytest.raises(InterruptedError):
+            benchmark.main()
