@@ -15,13 +15,14 @@ import typer
 from jf_cluster.command import DEFAULT_CONFIG, ConfigPath, Overrides, clear_errors, load, start_logging
 from jf_cluster.config import ConfigError
 from jf_cluster.inference import commands as inference
+from jf_cluster.planning.command import plan
 
 app = typer.Typer(help="Jacobi Forcing at cluster scale.", no_args_is_help=True, add_completion=False)
 cluster_app = typer.Typer(
     help="A local Ray head on 127.0.0.1, with its dashboard and job server.", no_args_is_help=True
 )
 app.add_typer(cluster_app, name="cluster")
-for use in (inference.chat, inference.generate, inference.serve, inference.calibrate):
+for use in (plan, inference.chat, inference.generate, inference.serve, inference.calibrate):
     app.command()(use)
 
 SCRIPT_WIDTH = 150

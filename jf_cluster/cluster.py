@@ -63,6 +63,12 @@ def running_head(runs_dir: Path) -> Head | None:
     return head if head.alive() else None
 
 
+def joined_cluster(config: Config) -> str | None:
+    """Give the address of the Ray cluster a run joins, or None where it starts a Ray of its own."""
+    head = running_head(config.runs_dir)
+    return os.environ.get("RAY_ADDRESS") or (head.address if head else None)
+
+
 @contextlib.contextmanager
 def connected(config: Config) -> Iterator[None]:
     """Join or start Ray for as long as the context lasts, with what ``config`` needs to place its workers.
@@ -78,8 +84,7 @@ def connected(config: Config) -> Iterator[None]:
     )
     # Ray puts a handler of its own in place, which ends the process on the spot.
     on_terminate = signal.getsignal(signal.SIGTERM)
-    head = running_head(config.runs_dir)
-    address = os.environ.get("RAY_ADDRESS") or (head.address if head else None)
+    address = joined_cluster(config)
     if address:
         logger.info("joining the Ray cluster at %s", address)
         try:

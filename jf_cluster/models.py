@@ -48,6 +48,11 @@ def use_cpu(cpus: float) -> None:
     torch.set_flush_denormal(True)
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether ``path`` can only be the name of a model on the hub: no directory, and of the form owner/name."""
+    return not (Path(path).is_dir() or Path(path).is_absolute() or path.startswith(".")) and path.count("/") == 1
+
+
 def resolve(path: str) -> Path:
     """Directory that holds the model ``path`` names: itself, or a hub id's local snapshot (fetched when missing).
 
@@ -56,7 +61,7 @@ def resolve(path: str) -> Path:
     """
     directory = Path(path)
     if not directory.is_dir():
-        if directory.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        if not is_hub_id(path):
             raise ModelError(f"no model at {path}: the directory does not exist")
         directory = _snapshot(path)
     if not (directory / "config.json").is_file():

@@ -19,8 +19,8 @@ from jf_cluster.collect import collect_round
 from jf_cluster.config import Config, ConfigError
 from jf_cluster.evaluate import load_evaluation
 from jf_cluster.evaluate.evaluating import evaluate_round
-from jf_cluster.models import resolve
-from jf_cluster.preflight import check
+from jf_cluster.models import is_hub_id, resolve
+from jf_cluster.preflight import check, check_cluster
 from jf_cluster.report import log_report, print_evaluation, print_table, write_report
 from jf_cluster.run_log import kept_log
 from jf_cluster.tracking import Tracker
@@ -150,6 +150,7 @@ class Rounds:
         """Connect to Ray, once and only when there is work for it."""
         if not self._connected:
             self._ray.enter_context(connected(self.config))
+            check_cluster(self.config)
             self._connected = True
 
     def _say(self, what: str, following: str | None = None) -> None:
@@ -170,8 +171,10 @@ def opened(config: Config) -> Iterator[Rounds]:
         PreflightError, ModelError, PromptsError: something it needs is missing.
         ClusterError: Ray cannot be reached or is too small.
     """
+    if not is_hub_id(config.model.base):
+        resolve(config.model.base)
+    check(config)  # reads config.json only: what cannot work is told before a model is fetched
     resolve(config.model.base)
-    check(config)
     with _claimed(config), kept_log(config.run_dir), Tracker.open(config) as tracker, ExitStack() as ray:
         tracker.close_abandoned()
         yield Rounds(config, tracker, ray)

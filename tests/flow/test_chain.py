@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from jf_cluster.evaluate import load_evaluation
 from jf_cluster.models import model_hash
+from jf_cluster.planning.calibration import measured
+from jf_cluster.planning.estimate import stages
 from jf_cluster.tracking import tracking_uri
 from tests.flow.conftest import small_config
 from tests.flow.test_commands import ROOT, run
@@ -49,6 +52,7 @@ def test_two_rounds(tmp_path: Path, base_model: Path) -> None:
     _check_report(config, done.stdout)
     _check_lineage(config)
     _check_mlflow(config)
+    _check_estimate(config)
 
     again = run(*command)
     assert again.returncode == 0 and "starting a local Ray" not in again.stderr, "nothing was missing"
@@ -89,6 +93,18 @@ def _check_lineage(config) -> None:
         manifest = TrajectoryStore(config.store_url).round(round_number).manifest
         assert manifest.provenance.model_hash == model_hash(config.model_dir(round_number - 1))
     assert len({model_hash(config.model_dir(r)) for r in (0, 1, 2)}) == 3
+
+
+def _check_estimate(config) -> None:
+    """The rates taken from a run give the times of that run."""
+    collect, train, evaluate = stages(config, measured(config).rates)
+    rows = json.loads((config.run_dir / "report.json").read_text())["rounds"]
+    assert collect.seconds == pytest.approx(rows[0]["seconds_collect"])
+    assert evaluate.seconds == pytest.approx(load_evaluation(config, 0).seconds)
+    training = json.loads((config.run_dir / "training" / "round-001.json").read_text())
+    # The first steps are the slowest and are left out of the median.
+    assert 0 < train.seconds - (training["seconds"] - training["step_seconds"]) <= training["step_seconds"] * 1.5
+    assert (collect.count, train.count, evaluate.count) == (3, 2, 3), "the stages that were recorded"
 
 
 def _check_mlflow(config) -> None:

@@ -63,12 +63,12 @@ def test_settings_that_contradict_each_other(tmp_path: Path, base_model: Path, c
 
 
 def test_too_little_disk_is_told_with_figures(tmp_path: Path, base_model: Path) -> None:
-    with pytest.raises(PreflightError, match=r"GiB of disk .*lower prompts\.per_round"):
+    with pytest.raises(PreflightError, match=r"prompts\.per_round: .*GiB of disk .*lower prompts\.per_round"):
         check(small_config(tmp_path, base_model, prompts__per_round=10**9, collect__max_new_tokens=10**5))
 
 
 def test_too_little_memory_is_told_with_figures(tmp_path: Path, base_model: Path) -> None:
-    with pytest.raises(PreflightError, match=r"GiB of memory .*lower collect\.workers"):
+    with pytest.raises(PreflightError, match=r"collect\.workers: .*GiB of memory a node .*lower it"):
         check(small_config(tmp_path, base_model, collect__workers=10**5))
 
 
