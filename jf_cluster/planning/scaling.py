@@ -11,7 +11,16 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jf_cluster.config import CollectConfig, Config, ModelConfig, PromptsConfig, TrainConfig, ZeroConfig
+from jf_cluster.config import (
+    CollectConfig,
+    Config,
+    DecodingConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PromptsConfig,
+    TrainConfig,
+    ZeroConfig,
+)
 from jf_cluster.planning import memory, speed
 from jf_cluster.planning.estimate import Rates, computed_rates, loading_s, span, stages
 from jf_cluster.planning.machines import Machines
@@ -85,6 +94,9 @@ class Plan:
             collect=CollectConfig(
                 workers=self.gpus, gpus_per_worker=1, batch_prompts=128, max_new_tokens=2048, responses="self",
                 block_size=(16, 32), forward_tokens=65_536,
+            ),
+            evaluate=EvaluateConfig(
+                prompts=400, batch_prompts=32, max_new_tokens=2048, decoding=DecodingConfig(block_size=64)
             ),
             train=TrainConfig(
                 workers=self.gpus, gpus_per_worker=1, steps=ROUND_TOKENS // (self.gpus * micro_batch_tokens),

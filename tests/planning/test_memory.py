@@ -137,6 +137,23 @@ def test_model_states_are_those_of_deepspeed() -> None:
     assert wide == pytest.approx(2 * shape.parameters / 64, rel=1e-6), "float32 weights"
 
 
+def test_a_rank_by_hand(planned: Callable[..., Config]) -> None:
+    config = planned(train__micro_batch_tokens=32_768, train__loss_chunk_tokens=1024)
+    host, rank = memory.training(config, read_shape(config), 1)
+    parameters, width = 7_615_616_512, 3584
+    layer = 2 * 8 * width + 2 * (3 * width + 2 * 512) + 4 * 28 + 8 * 18_944
+    assert rank.parts == {
+        "weights, gradients and optimizer": pytest.approx(18 * parameters / 8 + 4 * 152_064 * width, abs=1),
+        "gathered weights and gradients": 2 * 1_500_000_000,
+        "activations": 32_768 * (28 * 2 * width + layer + 8 * width),
+        "logits": 16 * 1024 * 152_064,
+    }
+    assert host.parts["processes"] == 8 * (500 << 20)
+    # A sample is never cut: one of the longest response and as many noisy tokens does not fit a small budget.
+    small = changed(config, {"train.micro_batch_tokens": 1024, "collect.max_new_tokens": 2048})
+    assert memory.longest_micro_batch(small) == 512 + 2 * 2048
+
+
 def test_a_collector_by_hand(planned: Callable[..., Config]) -> None:
     config = planned(collect__batch_prompts=128, collect__max_new_tokens=2048, collect__forward_tokens=65_536)
     shape = read_shape(config)

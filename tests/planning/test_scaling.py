@@ -38,6 +38,7 @@ def test_the_plans_are_those_of_the_shipped_configuration(every: dict[tuple[str,
     assert (planned.collect, planned.train) == (shipped.collect, shipped.train.model_copy(update={
         "cpus_per_worker": 1.0, "warmup_steps": 20,
     }))  # fmt: skip
+    assert planned.evaluate == shipped.evaluate
     assert (planned.prompts.per_round, planned.rounds) == (shipped.prompts.per_round, shipped.rounds)
     for plan in every.values():
         tokens = (
@@ -65,6 +66,17 @@ def test_collecting_by_hand(every: dict[tuple[str, int], Plan]) -> None:
     flops = (1 + 1 / 3 + 6.7) * (2 * 7_070_619_136 + 4 * 28 * 3584 * 500)
     assert found.tracing == pytest.approx(989e12 * 0.4 / flops)
     assert found.tokens_per_s == pytest.approx(found.decoding * found.tracing / (found.decoding + found.tracing))
+
+
+def test_rates_by_hand(every: dict[tuple[str, int], Plan]) -> None:
+    plan, parameters = every["7B", 64], 7_615_616_512
+    rates = plan.rates
+    load_s = 8 * 2 * parameters / 10e9
+    assert rates.collect_once == pytest.approx(load_s)
+    assert rates.collect_prompt == pytest.approx(600 / (64 * plan.collecting.tokens_per_s))
+    assert rates.train_once == pytest.approx(load_s + 3 * 14 * parameters / 10e9 + 2 * parameters / 2e9)
+    alone_s, seven_s = (max((2 * 7_070_619_136 + n * 500 * 57_344) / (3.35e12 * 0.6), 28 * 0.35e-3) for n in (1, 7))
+    assert 400 * rates.evaluate_prompt == pytest.approx(3 * (1200 * seven_s + 24 * 600 * alone_s))
 
 
 def test_where_the_network_takes_over(every: dict[tuple[str, int], Plan]) -> None:
