@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -120,28 +117,18 @@ def mlflow(
     overrides: Overrides = None,
     config: ConfigPath = DEFAULT_CONFIG,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
+    browser: Annotated[bool | None, typer.Option(help="Open a browser. Default: where there is a display.")] = None,
 ) -> None:
     """Serve the MLflow dashboard of the runs on 127.0.0.1 until interrupted."""
     with clear_errors():
         settings = load(config, overrides)
-        from jf_cluster.tracking import tracking_uri
+        from jf_cluster.dashboard.serving import has_display, landing_page, serve
+        from jf_cluster.tracking.store import is_server, tracking_uri
 
-        uri = tracking_uri(settings)
-        if uri.startswith(("http://", "https://")):
-            typer.echo(f"the runs are tracked by the MLflow server at {uri}")
+        if is_server(uri := tracking_uri(settings)):
+            typer.echo(f"the runs are tracked by the MLflow server at {uri}: {landing_page(settings, uri)}")
             return
-        settings.runs_dir.mkdir(parents=True, exist_ok=True)
-        typer.echo(f"MLflow dashboard: http://127.0.0.1:{port} (takes about 20 s to come up; Ctrl-C stops it)")
-        sys.stdout.flush()
-        command = [
-            *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri),
-            *("--artifacts-destination", (settings.runs_dir / "mlartifacts").as_uri()),
-            *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        ]
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-        # Ten workers for jobs nobody starts here; they outlive a server that is killed.
-        os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-        raise typer.Exit(subprocess.run(command, check=False).returncode)
+        raise typer.Exit(serve(settings, port, has_display() if browser is None else browser))
 
 
 if __name__ == "__main__":

@@ -239,6 +239,8 @@ class TrackingConfig(Section):
     """MLflow tracking URI; default ``MLFLOW_TRACKING_URI``, else an SQLite file under ``runs_dir``."""
     experiment: str | None = None
     """Experiment name; default ``jacobi-forcing/<name>``."""
+    registered_model: str | None = None
+    """Name of the models in MLflow's registry; default the experiment's with ``-`` for ``/``."""
 
 
 class Config(Section):

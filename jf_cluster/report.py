@@ -1,4 +1,4 @@
-"""The table a run ends with: one row a round, in the terminal, as report.json and in MLflow."""
+"""The table a run ends with: one row a round, in the terminal and as report.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich.table import Table
 from jf_cluster.config import Config
 from jf_cluster.evaluate.comparison import compare, comparison_table, modes_table
 from jf_cluster.evaluate.evaluation import load_evaluation
-from jf_cluster.tracking import Tracker
 from trajectory_store import TrajectoryStore
 
 TABLE_WIDTH = 150
@@ -145,13 +144,6 @@ def print_evaluation(config: Config, round_number: int) -> None:
     console.print(modes_table(now))
     if earlier := [e for e in found[:-1] if e is not None]:
         console.print(comparison_table([compare(now, before) for before in earlier]))
-
-
-def log_report(config: Config, tracker: Tracker, rows: list[Row]) -> None:
-    """Record the rows as metrics of the distillation's own MLflow run, one step a round, and the file beside it."""
-    for row in rows:
-        tracker.parent.metrics({k: v for k, v in asdict(row).items() if k != "round" and v is not None}, step=row.round)
-    tracker.parent.artifact(config.run_dir / "report.json")
 
 
 def _figures(digits: int, *values: float | None) -> str:

@@ -17,11 +17,12 @@ from omegaconf import OmegaConf
 from jf_cluster.cluster import connected
 from jf_cluster.collect import collect_round
 from jf_cluster.config import Config, ConfigError
+from jf_cluster.dashboard import show
 from jf_cluster.evaluate import load_evaluation
 from jf_cluster.evaluate.evaluating import evaluate_round
 from jf_cluster.models import is_hub_id, resolve
 from jf_cluster.preflight import check, check_cluster
-from jf_cluster.report import log_report, print_evaluation, print_table, write_report
+from jf_cluster.report import print_evaluation, print_table
 from jf_cluster.run_log import kept_log
 from jf_cluster.tracking import Tracker
 from jf_cluster.train import train_round
@@ -100,14 +101,14 @@ class Rounds:
         if round_number is None:
             round_number = next(r for r in _count(0) if not self.trained(r) or not self.evaluated(r))
             if not self.trained(round_number):
-                print_table(write_report(self.config))
+                print_table(show(self.config, self.tracker))
                 self._say(f"models 0 to {round_number - 1} are evaluated already", "collect")
                 return
         self._make_models(round_number)
         self._evaluate(0)
         self._evaluate(round_number)
         print_evaluation(self.config, round_number)
-        print_table(write_report(self.config))
+        print_table(show(self.config, self.tracker))
         self._say(f"the evaluation of model {round_number} is in {self.config.run_dir / 'evaluation'}", "collect")
 
     def distill(self) -> None:
@@ -116,11 +117,8 @@ class Rounds:
         for round_number in range(1, self.config.rounds + 1):
             self._make_models(round_number)
             self._evaluate(round_number)
-            write_report(self.config)
         self._collect(self.config.rounds + 1)
-        rows = write_report(self.config)
-        if self._connected:  # otherwise nothing was made, and the figures are recorded already
-            log_report(self.config, self.tracker, rows)
+        rows = show(self.config, self.tracker)
         print_evaluation(self.config, self.config.rounds)
         print_table(rows)
         self._say(
@@ -140,11 +138,13 @@ class Rounds:
         if not self.collected(round_number):
             self._join()
             collect_round(self.config, round_number, self.tracker)
+            show(self.config, self.tracker)
 
     def _evaluate(self, round_number: int) -> None:
         if not self.evaluated(round_number):
             self._join()
             evaluate_round(self.config, round_number, self.tracker)
+            show(self.config, self.tracker)
 
     def _join(self) -> None:
         """Connect to Ray, once and only when there is work for it."""

@@ -76,8 +76,8 @@ def test_a_round_is_followed_through_its_stages(config: Config) -> None:
     steps.parent.mkdir()
     steps.write_text(json.dumps({"step": 200}) + "\n" + json.dumps({"step": 210}) + "\n")
     text = shown(config, reader)
-    assert "step 210 of 300" in text and "last checkpoint: round-001 step-000200, 0 s ago" in text
-    assert "last stage: collecting round 1, finished 0 s ago" in text
+    assert "step 210 of 300" in text and "last checkpoint: round-001 step-000200, " in text
+    assert "last stage: collecting round 1, finished " in text
 
 
 def test_a_failed_stage_says_why_and_a_killed_one_that_it_is_gone(config: Config) -> None:
@@ -85,7 +85,7 @@ def test_a_failed_stage_says_why_and_a_killed_one_that_it_is_gone(config: Config
         logging.getLogger("jf_cluster.train").warning("worker 3 is replaced\nand its prompts are redone")
         raise OSError("disk full")
     text = shown(config)
-    assert "training round 2, failed 0 s ago OSError: disk full" in text
+    assert "training round 2, failed " in text and " ago OSError: disk full" in text
     assert "WARNING worker 3 is replaced ⏎ and its prompts are redone" in text and "ERROR OSError: disk full" in text
 
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)

@@ -16,10 +16,11 @@ from jf_cluster.collect.prompts import Prompt, unusable
 from jf_cluster.config import Config
 from jf_cluster.evaluate.comparison import accuracy_text
 from jf_cluster.evaluate.evaluation import MODES, EvaluateError, Evaluation, load_evaluation, save_evaluation
+from jf_cluster.evaluate.looking import look_at
 from jf_cluster.evaluate.scoring import Answers, evaluation
 from jf_cluster.evaluate.tasks import evaluation_prompts
 from jf_cluster.evaluate.worker import Answered, Evaluator, Speeds
-from jf_cluster.model_card import write_card
+from jf_cluster.model_card import CARD, write_card
 from jf_cluster.models import ModelError, load_tokenizer
 from jf_cluster.progress import meter
 from jf_cluster.tracking import StageRun, Tracker
@@ -73,6 +74,10 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker) -> Evalu
         stage.tags({"model_hash": found.model_hash, "passed": found.passed, "verdict": found.reason})
         stage.metrics(_metrics(found))
         stage.artifact(path)
+        if round_number > 0:
+            stage.artifact(Path(config.model_dir(round_number)) / CARD)
+        if (look := look_at(config, round_number, answered)) is not None:
+            stage.artifact(look)
     logger.info(
         "model %d evaluated in %.0f s: accuracy %% %s, Jacobi %.2f tokens per forward, %.2f times AR's speed, "
         "agreement with the base %.3f → %s",

@@ -90,26 +90,8 @@ def calibrate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], end_ids:
     Raises:
         ValueError: none of them leaves room for a response in the model's context.
     """
-    context = getattr(model.config, "max_position_embeddings", None) or 2**31
-    usable = [list(p) for p in prompts[:PROMPTS] if 0 < len(p) < context]
-    if not usable:
-        raise ValueError(f"none of the prompts leaves room for a response in the model's context of {context} tokens")
-    length = int(statistics.median(map(len, usable)))
-    times = forward_seconds(model, min(length, max(context - WIDTHS[-1], 1)))
-    tried: dict[Drafting, Measured] = {}
-
-    def measure(drafting: Drafting) -> Measured:
-        if drafting not in tried:
-            rows = [Row(p, i, drafting, min(TOKENS, context - len(p)), end_ids) for i, p in enumerate(usable)]
-            for _ in decode_rows(model, rows):
-                pass
-            forwards = sum(len(r.accepted_runs) - 1 for r in rows)
-            tokens = sum(len(r.tokens) - 1 for r in rows)
-            width = sum(r.forwarded_tokens for r in rows) / forwards if forwards else 1.0
-            tpf, seconds = tokens / forwards if forwards else 1.0, interpolate(times, width)
-            tried[drafting] = Measured(drafting, tpf, width, seconds, tpf / seconds)
-        return tried[drafting]
-
+    survey = Survey(model, prompts, end_ids)
+    measure, tried = survey.measure, survey.tried
     best = measure(AUTOREGRESSIVE)
     plain = [measure(Drafting("jacobi", n)) for n in BLOCK_SIZES]
     leading = sorted(plain, key=lambda m: m.tps)[-2:]
@@ -124,6 +106,42 @@ def calibrate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], end_ids:
         fastest = max(group, key=lambda m: m.tps)
         best = fastest if fastest.tps > MARGIN * best.tps else best
     return Choice(best.drafting, _explain(best, tried), best.tps / tried[AUTOREGRESSIVE].tps, tuple(tried.values()))
+
+
+class Survey:
+    """Measures settings one after the other on the same prompts; each setting once.
+
+    Raises:
+        ValueError: no prompt leaves room for a response in the model's context.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], end_ids: frozenset[int]) -> None:
+        self._model, self._end_ids = model, end_ids
+        self._context = context = getattr(model.config, "max_position_embeddings", None) or 2**31
+        self._prompts = [list(p) for p in prompts[:PROMPTS] if 0 < len(p) < context]
+        if not self._prompts:
+            raise ValueError(
+                f"none of the prompts leaves room for a response in the model's context of {context} tokens"
+            )
+        length = int(statistics.median(map(len, self._prompts)))
+        self._times = forward_seconds(model, min(length, max(context - WIDTHS[-1], 1)))
+        self.tried: dict[Drafting, Measured] = {}
+
+    def measure(self, drafting: Drafting) -> Measured:
+        """What a setting accepts, and what it should give on this machine."""
+        if drafting not in self.tried:
+            rows = [
+                Row(p, i, drafting, min(TOKENS, self._context - len(p)), self._end_ids)
+                for i, p in enumerate(self._prompts)
+            ]
+            for _ in decode_rows(self._model, rows):
+                pass
+            forwards = sum(len(r.accepted_runs) - 1 for r in rows)
+            tokens = sum(len(r.tokens) - 1 for r in rows)
+            width = sum(r.forwarded_tokens for r in rows) / forwards if forwards else 1.0
+            tpf, seconds = tokens / forwards if forwards else 1.0, interpolate(self._times, width)
+            self.tried[drafting] = Measured(drafting, tpf, width, seconds, tpf / seconds)
+        return self.tried[drafting]
 
 
 def forward_seconds(model: PreTrainedModel, length: int) -> dict[int, float]:

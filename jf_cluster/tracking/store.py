@@ -57,7 +57,9 @@ def experiment_id(uri: str, name: str, runs_dir: Path) -> str:
             # Without a location, artifacts of an SQLite store land in ./mlruns of whoever runs first.
             location = (runs_dir.absolute() / "mlartifacts" / name).as_uri() if local else None
             try:
-                return mlflow.create_experiment(name, artifact_location=location)
+                # The kind spares people the choice between MLflow's two layouts, of which the other one is about chats.
+                kind = {"mlflow.experimentKind": "custom_model_development"}
+                return mlflow.create_experiment(name, artifact_location=location, tags=kind)
             except MlflowException:
                 found = mlflow.get_experiment_by_name(name)  # another process was faster
                 if found is None:

@@ -118,5 +118,27 @@ def _check_mlflow(config) -> None:
     assert children.keys() == {f"round-{r:03d}-{stage}" for r, stage in stages}
     assert {name for name, status in children.items() if status != "FINISHED"} <= {"round-001-train"}
     assert "RUNNING" not in children.values()
+    by_name = {r.info.run_name: r for r in runs}
+    _check_chain_of_hashes({name: run.data.tags for name, run in by_name.items()})
+    collect, train = by_name["round-002-collect"].data.metrics, by_name["round-002-train"].data.metrics
+    assert {"prompts_done", "rejects", "retries", "workers_replaced", "accepted_tokens_per_iteration"} <= collect.keys()
+    assert {"train/loss", "train/consistency", "train/ar", "train/learning_rate", "train/restarts"} <= train.keys()
+    assert all("system/cpu_utilization_percentage" in metrics for metrics in (collect, train))
     (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
     assert [m.step for m in client.get_metric_history(parent.info.run_id, "tpf_jacobi")] == [0, 1, 2]
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert files == {"overview.html", "report.json", "config.yaml"}
+    page = (config.run_dir / "overview.html").read_text()
+    for picture in ("speed-and-accuracy", "trajectories", "iterations", "decoding-multiblock", "settings"):
+        assert f'<section id="{picture}">' in page
+    assert {"round-1", "round-2"} <= client.get_registered_model("jacobi-forcing-small").aliases.keys()
+
+
+def _check_chain_of_hashes(tags: dict[str, dict[str, str]]) -> None:
+    """Model, trajectories, model, …: each stage's run names what it came from and what it made."""
+    for r in (1, 2):
+        collect, train = tags[f"round-{r:03d}-collect"], tags[f"round-{r:03d}-train"]
+        assert train["parent_model_hash"] == collect["model_hash"] and train["store_hash"] == collect["store_hash"]
+        made = tags[f"round-{r + 1:03d}-collect"]["model_hash"]
+        assert tags[f"round-{r:03d}-evaluate"]["model_hash"] == made != collect["model_hash"]
+        assert train.get("model_hash", made) == made  # round 1's training run was killed when the model appeared

@@ -1,0 +1,136 @@
+"""The models of a run in MLflow's registry: one version a round, `round-N` aliases, and `champion` on the best.
+
+Everything is derived from the run's outputs, so registering again changes nothing, and a store that did not answer is
+caught up with at the next call.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jf_cluster.config import Config
+from jf_cluster.evaluate.evaluation import MODES, Evaluation, load_evaluation
+from jf_cluster.model_card import CARD
+from jf_cluster.tracking.stage_run import first_line
+from jf_cluster.tracking.store import KEY, ROUND, client, experiment_name, is_server
+from jf_cluster.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+CHAMPION = "champion"
+LINEAGE = ("parent_model_hash", "trajectories_content_hash", "base_model_hash")
+
+
+def champion_of(evaluations: Sequence[Evaluation]) -> int | None:
+    """Round of the best model: evaluated in this order, each takes the place when it passed the gate and is faster.
+
+    Faster is more tokens per forward in its best mode, which unlike tokens per second does not depend on what else the
+    machine was doing. None where no round beat the base (round 0).
+    """
+    best: Evaluation | None = None
+    for evaluation in evaluations:
+        if best is None or (evaluation.passed and fastest_tpf(evaluation) > fastest_tpf(best)):
+            best = evaluation
+    return None if best is None or best.round == 0 else best.round
+
+
+def fastest_tpf(evaluation: Evaluation) -> float:
+    """Tokens per forward of the evaluation's best mode."""
+    return max(evaluation.mode(mode).tpf for mode in MODES)
+
+
+def registered_name(config: Config) -> str:
+    """Name of the run's models in the registry."""
+    return config.tracking.registered_model or experiment_name(config).replace("/", "-")
+
+
+def register(config: Config, tracker: Tracker, last_round: int) -> None:
+    """Bring the registry up to what rounds 1 to ``last_round`` have put out; never fails because MLflow does."""
+    from mlflow.exceptions import MlflowException
+
+    found = [e for r in range(last_round + 1) if (e := load_evaluation(config, r)) is not None]
+    models = [e for e in found if e.round > 0 and Path(config.model_dir(e.round)).is_dir()]
+    if not models or tracker.run_id is None:
+        return
+    try:
+        mlflow, name = client(tracker.uri), registered_name(config)
+        known = _versions(mlflow, name, tracker.run_key)
+        for evaluation in models:
+            if evaluation.round not in known:
+                known[evaluation.round] = _new_version(mlflow, name, config, tracker, evaluation)
+        wanted = {f"round-{evaluation.round}": evaluation.round for evaluation in models}
+        if (champion := champion_of(found)) is not None:
+            wanted[CHAMPION] = champion
+        mlflow.update_registered_model(name, _description(found, champion))
+        present = mlflow.get_registered_model(name).aliases
+        for alias, round_number in wanted.items():
+            if str(present.get(alias)) != str(known[round_number].version):
+                mlflow.set_registered_model_alias(name, alias, known[round_number].version)
+                logger.info("models:/%s@%s is now model %d", name, alias, round_number)
+    except (MlflowException, OSError) as error:
+        logger.warning("MLflow at %s: models are not registered (%s)", tracker.uri, first_line(error))
+
+
+_DESCRIPTION = """Models made by Jacobi Forcing, one version a round; {champion}.
+
+| model | tokens per forward | speed-up | right answers | gate | hash |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+"""
+
+
+def _description(evaluations: Sequence[Evaluation], champion: int | None) -> str:
+    rows = [
+        f"| {'base' if e.round == 0 else f'round {e.round}'} | {fastest_tpf(e):.2f} "
+        f"| {max(e.speedup(mode) for mode in MODES):.2f} "
+        f"| {'not graded' if e.ar.accuracy is None else f'{100 * e.ar.accuracy:.1f}%'} "
+        f"| {'passed' if e.passed else 'failed'} | `{e.model_hash[:12]}` |"
+        for e in evaluations
+    ]
+    told = "no round has beaten the base yet" if champion is None else f"round {champion} is the champion"
+    return _DESCRIPTION.format(champion=told, rows="\n".join(rows))
+
+
+def _versions(mlflow: MlflowClient, name: str, run_key: str) -> dict[int, ModelVersion]:
+    """This run's versions by round; the registered model is made when there is none."""
+    if not mlflow.search_registered_models(f"name = '{name}'"):
+        mlflow.create_registered_model(name)
+    versions = mlflow.search_model_versions(f"name = '{name}'")
+    return {int(v.tags[ROUND]): v for v in versions if v.tags.get(KEY) == run_key}
+
+
+def _new_version(
+    mlflow: MlflowClient, name: str, config: Config, tracker: Tracker, evaluation: Evaluation
+) -> ModelVersion:
+    """A version that points at the export, or at a copy of it where the registry is a server that cannot see it."""
+    directory = Path(config.model_dir(evaluation.round))
+    lineage = json.loads((directory / "lineage.json").read_text())
+    run_id = tracker.stage_run(evaluation.round, "train")
+    if is_server(tracker.uri) and run_id is not None:
+        mlflow.log_artifacts(run_id, str(directory), "model")
+        source = f"{mlflow.get_run(run_id).info.artifact_uri}/model"
+    else:
+        source = directory.absolute().as_uri()
+    return mlflow.create_model_version(
+        name,
+        source,
+        run_id,
+        tags={
+            KEY: tracker.run_key,
+            ROUND: str(evaluation.round),
+            "model_hash": evaluation.model_hash,
+            "passed": str(evaluation.passed),
+            "verdict": evaluation.reason,
+            "tokens_per_forward": f"{fastest_tpf(evaluation):.3f}",
+            **{key: str(lineage[key]) for key in LINEAGE},
+        },
+        description=(directory / CARD).read_text().split("---\n", 2)[-1],  # the card without its front matter
+    )

@@ -1,0 +1,82 @@
+"""Models in the registry: a version a round with its lineage, and a champion that is faster and passed the gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow.artifacts
+import pytest
+from mlflow.tracking import MlflowClient
+
+from jf_cluster.config import Config
+from jf_cluster.dashboard.registry import champion_of, register, registered_name
+from jf_cluster.evaluate.evaluation import save_evaluation
+from jf_cluster.tracking import Tracker
+from tests.dashboard.conftest import evaluation, export
+
+BASE = evaluation(0, 1.1, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "champion"),
+    [
+        ([], None),
+        ([(1.0, 0.9)], None),  # not faster than the base
+        ([(2.0, 0.89)], 1),
+        ([(2.0, 0.5)], None),  # faster, but failed the gate
+        ([(2.0, 0.89), (3.0, 0.9)], 2),
+        ([(2.0, 0.89), (3.0, 0.7)], 1),  # the second failed: the first stays
+        ([(2.0, 0.89), (1.9, 0.95)], 1),  # the second is no faster
+        ([(2.0, 0.7), (1.9, 0.9), (2.1, 0.9)], 3),
+    ],
+)
+def test_only_a_faster_round_that_passed_becomes_champion(
+    rounds: list[tuple[float, float]], champion: int | None
+) -> None:
+    evaluations = [evaluation(r, tpf, accuracy) for r, (tpf, accuracy) in enumerate(rounds, start=1)]
+    assert champion_of([BASE, *evaluations]) == champion
+
+
+def test_aliases_follow_the_rounds(tmp_path: Path) -> None:
+    config = Config.model_validate({"name": "run", "runs_dir": tmp_path})
+    tracker = Tracker.open(config)
+    client, name = MlflowClient(tracker.uri, tracker.uri), registered_name(config)
+    assert name == "jacobi-forcing-run"
+
+    def aliases() -> dict[str, int]:
+        return {alias: int(version) for alias, version in client.get_registered_model(name).aliases.items()}
+
+    save_evaluation(config, BASE)
+    for r, (tpf, accuracy) in enumerate([(2.0, 0.89), (3.0, 0.7), (3.0, 0.89)], start=1):
+        with tracker.stage(r, "train"):
+            export(config, r)
+        save_evaluation(config, evaluation(r, tpf, accuracy))
+        register(config, tracker, r)
+        register(config, tracker, r)  # again: nothing new
+        assert aliases() == {f"round-{i}": i for i in range(1, r + 1)} | {"champion": {1: 1, 2: 1, 3: 3}[r]}
+    version = client.get_model_version_by_alias(name, "champion")
+    assert version.run_id == tracker.stage_run(3, "train")
+    assert version.tags["model_hash"] == "3" * 64 and version.tags["parent_model_hash"] == "p"
+    assert version.tags["trajectories_content_hash"] == "t3" and version.description.startswith("\n# round-003")
+    assert "| round 2 | 3.10 |" in client.get_registered_model(name).description
+    source = client.get_model_version_download_uri(name, version.version)
+    found = Path(mlflow.artifacts.download_artifacts(source))
+    assert (found / "model.safetensors").read_bytes() == bytes([3])
+
+
+def test_a_registry_that_does_not_answer_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = Config.model_validate({"name": "run", "runs_dir": tmp_path})
+    tracker = Tracker.open(config)
+    save_evaluation(config, BASE)
+    save_evaluation(config, evaluation(1, 2.0, 0.9))
+    export(config, 1)
+    reachable, tracker.uri = tracker.uri, "http://127.0.0.1:9"
+    register(config, tracker, 1)
+    assert "models are not registered" in caplog.text
+    tracker.uri = reachable
+    register(config, tracker, 1)
+    name = registered_name(config)
+    assert set(MlflowClient(reachable, reachable).get_registered_model(name).aliases) == {"round-1", "champion"}
