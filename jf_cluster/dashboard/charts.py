@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from jf_cluster.dashboard.gathered import Collected, Rate
 from jf_cluster.dashboard.picture import Picture, model_name
-from jf_cluster.evaluate.evaluation import Evaluation
+from jf_cluster.evaluate.evaluation import Evaluation, Mode
 from jf_cluster.evaluate.looking import BLOCK_SIZES, BLOCKS, Look
 
 COLOURS = ("#868e96", "#1864ab", "#2f9e44", "#f08c00", "#9c36b5", "#e03131", "#0b7285", "#5c940d")
@@ -42,7 +42,11 @@ def speed_and_accuracy(evaluations: Sequence[Evaluation]) -> Picture:
     """Tokens per forward against accuracy, round by round, in both modes, with the AR point."""
     figure = go.Figure()
     graded = [e for e in evaluations if e.ar.accuracy is not None]
-    for mode, symbol, colour in (("jacobi", "circle", "#1864ab"), ("multiblock", "diamond", "#9c36b5")):
+    styles: tuple[tuple[Mode, str, str], ...] = (
+        ("jacobi", "circle", "#1864ab"),
+        ("multiblock", "diamond", "#9c36b5"),
+    )
+    for mode, symbol, colour in styles:
         figure.add_trace(
             go.Scatter(
                 x=[e.mode(mode).tpf for e in graded],
@@ -54,6 +58,7 @@ def speed_and_accuracy(evaluations: Sequence[Evaluation]) -> Picture:
                 customdata=[model_name(e.round) for e in graded],
                 hovertemplate="%{customdata}: %{x:.2f} tokens per forward, %{y:.1f}% right<extra></extra>",
                 line={"color": colour},
+                error_y=_interval(graded, mode),
                 name={"jacobi": "Jacobi decoding", "multiblock": "multi-block decoding"}[mode],
             )
         )
@@ -84,9 +89,19 @@ def speed_and_accuracy(evaluations: Sequence[Evaluation]) -> Picture:
     return Picture(
         "Speed gained, accuracy kept",
         "Further right is faster: tokens written by one pass of the model. Higher is better: right answers on "
-        "held-out prompts. Numbers are rounds (0: the base); the star is where ordinary decoding stands.",
+        "held-out prompts, with their 95% interval. Numbers are rounds (0: the base); the star is ordinary decoding.",
         _labelled(figure, "tokens per forward pass", "right answers, %"),
     )
+
+
+def _interval(evaluations: Sequence[Evaluation], mode: Mode) -> dict[str, object] | None:
+    """Error bars of the accuracy: 95% confidence."""
+    results = [e.mode(mode) for e in evaluations]
+    if any(r.interval is None for r in results):
+        return None
+    up = [100 * (r.interval[1] - (r.accuracy or 0.0)) for r in results if r.interval]
+    down = [100 * ((r.accuracy or 0.0) - r.interval[0]) for r in results if r.interval]
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 4}
 
 
 def settings(looks: Sequence[Look]) -> Picture:
