@@ -13,6 +13,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from bench.tracking import cost
 from jf_cluster.config import Config
 from jf_cluster.tracking import StageRun, Tracker, stage_run, system
 
@@ -122,6 +123,12 @@ def test_points_that_come_fast_travel_together(tmp_path: Path, monkeypatch: pyte
     assert requests[0] == 1, "the first is shown at once"
     assert sum(requests) == 500 and len(requests) <= 4, "at most 1,000 values a request"
     assert run.steps_of("a") == set(range(500))
+
+
+def test_tracking_costs_a_step_less_than_two_hundredths_of_it(tmp_path: Path) -> None:
+    cost(2, step_s=0.1, send_every_s=0.0)  # imports and the first connection are not tracking
+    share, append_s = cost(12, step_s=0.5, send_every_s=stage_run.SEND_EVERY_S)
+    assert share < 0.02 and append_s < 0.01
 
 
 def test_every_machine_tells_its_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ name }}: overview</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; margin: 24px auto; max-width: 1180px; padding: 0 16px; color: #212529; }
-table { border-collapse: collapse; margin: 12px 0 24px; } th, td { padding: 4px 14px; text-align: right; }
+table { border-collapse: collapse; margin: 12px 0 24px; }
+th, td { padding: 4px 14px; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #dee2e6; font-weight: 600; } td { border-bottom: 1px solid #e9ecef; }
 section { margin: 40px 0; } h2 { margin-bottom: 4px; } section p { margin: 0 0 8px; color: #495057; }
 </style>
