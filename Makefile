@@ -14,7 +14,7 @@ HALF   := $(VENV)/installing
 FLAGS   = --config $(CONFIG) $(if $(ROUND),--round $(ROUND)) $(SET)
 
 .DEFAULT_GOAL := help
-.PHONY: help train collect evaluate report mlflow cluster cluster-stop test check format bench docs tiny-base constraints clean
+.PHONY: help train collect evaluate status report mlflow cluster cluster-stop test check format bench docs tiny-base constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -40,6 +40,9 @@ collect: $(READY)  ## Collect the trajectories of ROUND (default: the round that
 
 evaluate: $(READY)  ## Evaluate the model of ROUND (default: the first without an evaluation; 0 is the base)
 	@$(BIN)/python jobs/evaluate.py $(FLAGS)
+
+status: $(READY)  ## Show what the run is doing, refreshed, from its files alone
+	@$(BIN)/python -m jf_cluster status --config $(CONFIG) $(SET)
 
 report: $(READY)  ## Print the table of the rounds so far
 	@$(BIN)/python -m jf_cluster report --config $(CONFIG) $(SET)
