@@ -161,6 +161,29 @@ def acceptance(collected: Sequence[Collected]) -> Picture:
     )
 
 
+def accepted(evaluations: Sequence[Evaluation]) -> Picture:
+    """Share of decode forwards that added at least so many tokens, model by model."""
+    figure = go.Figure()
+    for e in evaluations:
+        share = [100 * s for s in e.jacobi.acceptance]
+        figure.add_trace(
+            go.Scatter(
+                x=list(range(1, len(share) + 1)),
+                y=share,
+                mode="lines+markers",
+                name=model_name(e.round),
+                line={"color": _colour(e.round), "width": 3},
+            )
+        )
+    figure.update_yaxes(range=[0, 103])
+    return Picture(
+        "What a forward pass adds while decoding",
+        "Share of the forward passes on held-out prompts that wrote at least so many tokens. Ordinary decoding always "
+        "writes one; the area under a line is the model's tokens per forward.",
+        _labelled(figure, "tokens written by one forward pass", "forward passes, %"),
+    )
+
+
 def throughput(rates: Sequence[Rate]) -> Picture:
     """Tokens per second while collecting and training, over the time of the run."""
     figure = go.Figure()

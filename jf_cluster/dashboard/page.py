@@ -43,6 +43,8 @@ def pictures(found: Gathered) -> dict[str, Picture]:
         drawn["trajectories"] = heatmaps.trajectories(found.collected)
         drawn["iterations"] = charts.iterations(found.collected)
         drawn["acceptance"] = charts.acceptance(found.collected)
+    if any(e.jacobi.acceptance for e in found.evaluations):
+        drawn["accepted"] = charts.accepted(found.evaluations)
     if found.looks:
         drawn["decoding-jacobi"] = heatmaps.decodings(found.looks, "jacobi")
         drawn["decoding-multiblock"] = heatmaps.decodings(found.looks, "multiblock")

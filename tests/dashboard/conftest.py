@@ -28,7 +28,8 @@ def evaluation(round_number: int, tpf: float, accuracy: float, base_accuracy: fl
     passed, reason = judge(accuracy, base_accuracy, 0.02)
 
     def mode(factor: float) -> ModeResult:
-        return ModeResult(accuracy=accuracy, tpf=factor, tps=400.0 * factor, same_as_ar=1.0)
+        acceptance = (1.0, *[(factor - 1) / 4] * 4)
+        return ModeResult(accuracy=accuracy, tpf=factor, tps=400.0 * factor, same_as_ar=1.0, acceptance=acceptance)
 
     return Evaluation(
         round=round_number, model_hash=f"{round_number}" * 64, prompts=100, rejected=0, speed_prompts=4,

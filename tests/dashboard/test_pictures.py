@@ -13,7 +13,7 @@ from jf_cluster.tracking import Tracker
 from tests.dashboard.conftest import BLOCK
 
 NAMES = [
-    *("speed-and-accuracy", "trajectories", "iterations", "acceptance"),
+    *("speed-and-accuracy", "trajectories", "iterations", "acceptance", "accepted"),
     *("decoding-jacobi", "decoding-multiblock", "settings", "throughput"),
 ]
 
@@ -34,6 +34,8 @@ def test_every_picture_has_words_axes_and_the_figures(finished: tuple[Config, Tr
     assert base.y[BLOCK - 1] == 100 and last.y[2] == 100, "a token a pass before, three after: 8 and 3 passes"
     first_pass = drawn["acceptance"].figure.data
     assert [sum(share == 100 for share in line.y) for line in first_pass] == [1, 2, 3]
+    for line, tpf in zip(drawn["accepted"].figure.data, (1.1, 2.1, 3.1), strict=True):
+        assert line.x[0] == 1 and line.y[0] == 100 and np.isclose(sum(line.y), 100 * tpf)
     assert {trace.name for trace in drawn["throughput"].figure.data} == {
         *("collect round 1", "collect round 2", "collect round 3", "train round 1", "train round 2")
     }
