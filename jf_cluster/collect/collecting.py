@@ -22,6 +22,7 @@ from jf_cluster.collect.dispatch import Dispatcher, Done, GivenUp, Lost
 from jf_cluster.collect.prompts import Prompt, load_prompts, unusable
 from jf_cluster.collect.worker import Collector, Counts
 from jf_cluster.config import Config, ConfigError
+from jf_cluster.evaluate.graders.sandbox import SandboxError
 from jf_cluster.models import ModelError, load_tokenizer, model_hash, resolve, tokenizer_hash
 from jf_cluster.progress import meter
 from jf_cluster.tracking import StageRun, Tracker
@@ -135,7 +136,7 @@ def _work(
         workers=config.collect.workers,
         timeout_s=config.collect.batch_timeout_s,
         max_attempts=config.collect.max_attempts,
-        fatal=(StoreError, OSError, ModelError, ConfigError),
+        fatal=(StoreError, OSError, ModelError, ConfigError, SandboxError),
     )
     total, logged_at = Counts(), 0.0
     troubles = Troubles(rejects=len(folder.rejects()))

@@ -10,6 +10,9 @@ from scipy.stats import binomtest
 
 from jf_cluster.evaluate.evaluation import MODES, Evaluation, ModeResult
 
+REACHED = (2, 4, 8, 16)
+"""Tokens a forward adds that the table gives the share of; the evaluation's file has all."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -58,9 +61,13 @@ def modes_table(evaluation: Evaluation) -> Table:
     verdict = "passed" if evaluation.passed else "FAILED"
     measured = f"model {evaluation.round} on {evaluation.task}, {evaluation.prompts} prompts"
     title = f"{measured}: {verdict}, {evaluation.reason}"
-    shown = Table(title=title, title_justify="left")
+    caption = ""
+    if evaluation.iterations_per_block is not None:
+        caption = f"{evaluation.iterations_per_block:.2f} Jacobi iterations per block of {evaluation.block_size} tokens"
+    shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     shown.add_column("decoding")
-    for name in ("accuracy % (95% interval)", "same as AR %", "tokens/forward", "tokens/second", "speed-up"):
+    reached = f"forwards that add at\nleast {', '.join(map(str, REACHED))} tokens, %"
+    for name in ("accuracy %\n(95% interval)", "same as AR\n%", "tokens/forward", "tokens/second", "speed-up", reached):
         shown.add_column(name, justify="right", no_wrap=True)
     for mode in MODES:
         result = evaluation.mode(mode)
@@ -71,6 +78,7 @@ def modes_table(evaluation: Evaluation) -> Table:
             f"{result.tpf:.2f}",
             f"{result.tps:.0f}",
             f"{evaluation.speedup(mode):.2f}",
+            "  ".join(f"{100 * sum(result.acceptance[n - 1 : n]):.0f}" for n in REACHED),
         )
     if evaluation.tps_transformers is not None:
         ratio = evaluation.tps_transformers / evaluation.strongest_ar_tps if evaluation.strongest_ar_tps else 0.0

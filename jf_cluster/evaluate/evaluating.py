@@ -16,6 +16,7 @@ from jf_cluster.collect.prompts import Prompt, unusable
 from jf_cluster.config import Config
 from jf_cluster.evaluate.comparison import accuracy_text
 from jf_cluster.evaluate.evaluation import MODES, EvaluateError, Evaluation, load_evaluation, save_evaluation
+from jf_cluster.evaluate.graders.sandbox import SandboxError
 from jf_cluster.evaluate.looking import look_at
 from jf_cluster.evaluate.scoring import Answers, evaluation
 from jf_cluster.evaluate.tasks import evaluation_prompts
@@ -97,7 +98,7 @@ def _answers(config: Config, round_number: int, prompts: Sequence[Prompt], stage
         workers=config.collect.workers,
         timeout_s=config.collect.batch_timeout_s,
         max_attempts=config.collect.max_attempts,
-        fatal=(ModelError,),
+        fatal=(ModelError, SandboxError),
     )
     answers = Answers()
     with meter(f"model {round_number} evaluation prompts", len(prompts), tell=stage.progress) as progress:

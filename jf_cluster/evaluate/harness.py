@@ -28,7 +28,7 @@ except ImportError as error:
         f'the evaluation harness is not installed ({error}): pip install "jf-cluster[lm-eval]"'
     ) from error
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lm_eval")  # whose messages the harness shows
 
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
 """Generation settings that tasks state although these values change nothing."""

@@ -26,11 +26,19 @@ def evaluation(round_number: int, right: str, tpf: float, **changes: object) -> 
     accuracy = right.count("y") / len(right)
 
     def result(factor: float) -> ModeResult:
-        return ModeResult(accuracy=accuracy, interval=(0.25, 0.75), tpf=factor, tps=100 * factor, same_as_ar=1.0)
+        return ModeResult(
+            accuracy=accuracy,
+            interval=(0.25, 0.75),
+            tpf=factor,
+            tps=100 * factor,
+            same_as_ar=1.0,
+            acceptance=(1.0, 0.75, 0.5, 0.25),
+        )
 
     made = Evaluation(
         round=round_number, model_hash="x", prompts=len(right), rejected=0, speed_prompts=1, ar=result(1.0),
-        jacobi=result(tpf), multiblock=result(tpf), tps_transformers=200.0, agreement_with_base=1.0,
+        jacobi=result(tpf), multiblock=result(tpf), tps_transformers=200.0, block_size=8, iterations_per_block=2.5,
+        agreement_with_base=1.0,
         responses_same_as_base=1.0, unfinished=0, accuracy_drop=0.0, passed=True, reason="within 2 points", seconds=1.0,
         responses={str(i): r for i, r in enumerate(right)}, right={str(i): r == "y" for i, r in enumerate(right)},
     )  # fmt: skip
@@ -77,6 +85,7 @@ def test_the_tables_say_it() -> None:
     text = out.getvalue()
     assert "model 2 on held_out, 6 prompts: FAILED, fell" in text
     assert "50.0 (25.0 to 75.0)" in text and "ar, transformers" in text
+    assert "75  25  0  0" in text and "2.50 Jacobi iterations per block of 8" in text
     assert "base" in text and "+16.7" in text and "2, 1" in text
 
 

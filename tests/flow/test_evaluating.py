@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -118,3 +119,19 @@ def test_a_model_that_lost_accuracy_is_marked(
     assert f"| round 1 | jacobi | {evaluation.jacobi.tpf:.2f} | {evaluation.jacobi.tps:.0f} |" in card
     assert not evaluation.passed and "more than the 2.0 that evaluate.max_accuracy_drop allows" in evaluation.reason
     assert evaluation.accuracy_drop == pytest.approx(1.0 - (evaluation.ar.accuracy or 0.0))
+
+
+def test_a_benchmark_from_a_local_file(tmp_path: Path, base_model: Path, other_model: Path) -> None:
+    check = "def check(f):\n    assert f() == 1"
+    rows = [{"prompt": f"def f{n}():\n    'Give 1.'\n", "entry_point": f"f{n}", "test": check} for n in range(3)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    changes = {"evaluate__task": "humaneval", "evaluate__source": str(source), "prompts__grader": "none"}
+    config = small_config(tmp_path / "runs", base_model, **changes)
+    evaluation = evaluate_round(config, 0, Tracker.open(config))
+    assert (evaluation.task, evaluation.prompts, evaluation.ar.accuracy) == ("humaneval", 3, 0.0)
+    assert evaluation.right is not None and not any(evaluation.right.values()) and len(evaluation.right) == 3
+    shutil.copytree(other_model, config.model_dir(1))
+    other_task = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"task": "held_out"})})
+    with pytest.raises(EvaluateError, match="evaluated on humaneval, not on held_out"):
+        evaluate_round(other_task, 1, Tracker.open(config))

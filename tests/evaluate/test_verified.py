@@ -1,0 +1,43 @@
+"""``collect.responses: verified``: the newest model's own response where its grader accepts it, else the base's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from jf_cluster.collect.prompts import Prompt, load_prompts
+from jf_cluster.collect.worker import Collector
+from jf_cluster.config import TINY_BASE
+from jf_cluster.jacobi.responses import Response
+from jf_cluster.models import load_tokenizer
+from tests.flow.conftest import small_config
+from trajectory_store import Provenance
+
+
+def test_the_base_writes_what_the_model_gets_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"prompts__per_round": 4, "collect__responses": "verified", "collect__max_new_tokens": 200}
+    config = small_config(tmp_path, TINY_BASE, **changes)
+    shutil.copytree(TINY_BASE, config.model_dir(1))  # the shipped model, which is nearly always right
+    provenance = Provenance(
+        model_hash="x", tokenizer_hash="x", block_size=8, seed=0, round_number=2, code_version="0", config={}
+    )
+    collector = Collector(config, 2, provenance, "writer")
+    prompts = load_prompts(config, load_tokenizer(config), 2)
+    prompts = [replace(p, answer="-1") if n % 2 else p for n, p in enumerate(prompts)]
+    asked: dict[bool, list[str]] = {}
+    write = Collector._written_by
+
+    def recorded(self: Collector, model: PreTrainedModel, of: Sequence[Prompt], keys: Sequence[int]) -> list[Response]:
+        asked[model is collector.base] = [p.prompt_id for p in of]
+        return write(self, model, of, keys)
+
+    monkeypatch.setattr(Collector, "_written_by", recorded)
+    responses, reused = collector._responses(prompts, list(range(4)))
+    assert asked[False] == [p.prompt_id for p in prompts]
+    assert asked[True] == [p.prompt_id for p in prompts[1::2]]
+    assert len(responses) == 4 and all(r.finished for r in responses) and reused == 0
