@@ -11,8 +11,9 @@ import logging
 import statistics
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 from jf_cluster.config import Config
@@ -66,7 +67,7 @@ def calibrate(config: Config) -> Calibration:
     """
     config.runs_dir.mkdir(parents=True, exist_ok=True)
     # Beside the run's own directory: nodes that share the one share the other.
-    with tempfile.TemporaryDirectory(prefix=".calibration-", dir=config.runs_dir) as directory, _only_warnings():
+    with tempfile.TemporaryDirectory(prefix=".calibration-", dir=config.runs_dir) as directory, _quietly():
         small = miniature(config, Path(directory))
         with opened(small) as rounds:
             rounds.evaluate(0)
@@ -105,12 +106,13 @@ def measured(config: Config) -> Calibration:
 
 
 @contextmanager
-def _only_warnings() -> Iterator[None]:
-    """What the miniature says of its own progress would be taken for the run's."""
+def _quietly() -> Iterator[None]:
+    """Tables and messages of the miniature would be taken for the run's; warnings and progress bars are shown."""
     ours = logging.getLogger("jf_cluster")
     before = ours.level
     ours.setLevel(logging.WARNING)
     try:
-        yield
+        with redirect_stdout(StringIO()):
+            yield
     finally:
         ours.setLevel(before)

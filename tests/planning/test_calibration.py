@@ -41,6 +41,7 @@ def test_a_plan_measures_the_embedded_run(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["plan", "--config", TINY, f"runs_dir={tmp_path / 'runs'}", *small])
     assert done.exit_code == 0, done.output
     assert "Time, from that miniature" in done.stdout
+    assert "held_out" not in done.stdout, "the miniature's own tables are not shown"
     times = re.findall(r"│ (collect|train|evaluate) +│ +(\d) │ +([\d.]+) (?:s|min) │", done.stdout)
     assert [(name, count) for name, count, _ in times] == [("collect", "4"), ("train", "3"), ("evaluate", "4")]
     assert all(float(seconds) > 0 for *_, seconds in times)
