@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from jf_cluster.__main__ import app
-from jf_cluster.config import Config, ConfigError
+from jf_cluster.config import Config, ConfigError, load_config
 from jf_cluster.planning.machines import Machines
-from jf_cluster.planning.shapes import read_shape
+from jf_cluster.planning.scaling import model_7b
+from jf_cluster.planning.shapes import read_shape, shape_of
 from jf_cluster.preflight import changed, refused_on
 
 TINY = str(Path(__file__).parent.parent.parent / "configs" / "tiny.yaml")
@@ -146,3 +147,11 @@ def test_machines_thought_of() -> None:
     assert (machines.gpus, machines.nodes, machines.gpu_bytes >> 30) == (20, 3, 139)
     with pytest.raises(ConfigError, match="0xH100"):
         Machines.thought_of("0xH100")
+
+
+@pytest.mark.parametrize(("name", "on"), [("qwen2.5-coder-7b", "8xH100"), ("multi-node", "32xH100")])
+def test_shipped_configurations_fit_the_machines_they_are_for(name: str, on: str) -> None:
+    config, shape = load_config(Path(TINY).with_name(f"{name}.yaml")), shape_of(model_7b())
+    assert not list(refused_on(config, shape, Machines.thought_of(on)))
+    less = Machines.thought_of(f"{int(on.split('x')[0]) - 1}xH100")
+    assert {r.setting for r in refused_on(config, shape, less)} == {"collect.workers", "train.workers"}
