@@ -32,7 +32,9 @@ class Comparison:
     tpf_ratio: float
     """Jacobi, now over before."""
     tps_ratio: float
-    """Jacobi; the two were not measured side by side."""
+    """Jacobi; the two were not measured side by side, so the machine's load is in it."""
+    speedup_ratio: float
+    """Jacobi over the strongest AR, which was measured beside it: the machine's load is not in it."""
 
 
 def compare(now: Evaluation, before: Evaluation) -> Comparison:
@@ -53,6 +55,7 @@ def compare(now: Evaluation, before: Evaluation) -> Comparison:
         same_responses=sum(now.responses[i] == before.responses[i] for i in both) / len(both) if both else 0.0,
         tpf_ratio=now.jacobi.tpf / before.jacobi.tpf,
         tps_ratio=now.jacobi.tps / before.jacobi.tps if before.jacobi.tps else 0.0,
+        speedup_ratio=now.speedup("jacobi") / before.speedup("jacobi") if before.jacobi.tps else 0.0,
     )
 
 
@@ -97,6 +100,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         "same responses %",
         "tokens/forward, times",
         "tokens/second, times",
+        "speed-up, times",
     ):
         shown.add_column(name, justify="right", no_wrap=True)
     for c in comparisons:
@@ -108,6 +112,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
             f"{100 * c.same_responses:.1f}",
             f"{c.tpf_ratio:.2f}",
             f"{c.tps_ratio:.2f}",
+            f"{c.speedup_ratio:.2f}",
         )
     return shown
 

@@ -64,6 +64,8 @@ def test_against_an_earlier_model() -> None:
     assert compared.accuracy_change == pytest.approx(1 / 6)
     assert (compared.gained, compared.lost, compared.same_responses) == (2, 1, 0.5)
     assert compared.tpf_ratio == compared.tps_ratio == 1.5
+    slow = evaluation(0, "yn", 2.0).model_copy(update={"tps_transformers": 800.0})
+    assert compare(evaluation(1, "yn", 3.0), slow).speedup_ratio == 6.0
     assert compared.chance == 1.0  # 2 against 1 says nothing
     assert compare(evaluation(2, "n" * 10, 1.0), evaluation(1, "y" * 10, 1.0)).chance == pytest.approx(2 / 2**10)
     ungraded = compare(evaluation(1, "yn", 1.0).model_copy(update={"right": None}), evaluation(0, "yn", 1.0))

@@ -135,6 +135,9 @@ def test_files_outside_are_neither_read_nor_written(tmp_path: Path) -> None:
     secret.chmod(0o666)
     for program in (f"open({str(secret)!r})", f"open({str(tmp_path / 'new')!r}, 'w')", "open('/etc/hostname')"):
         assert run(program, LIMITS).reason.startswith("FileNotFoundError")
+    # Not only by permissions: to whoever is not root, Python's own files may belong.
+    for place in ("/usr", sys.base_prefix):
+        assert run(f"import os\nassert os.statvfs({place!r}).f_flag & os.ST_RDONLY", LIMITS).passed
     where = Path(sys.base_prefix) / "written-by-a-test"
     assert run(f"open({str(where)!r}, 'w')", LIMITS).reason.startswith(("OSError", "PermissionError"))
     assert not where.exists() and secret.read_text() == "x" and len(list(tmp_path.iterdir())) == 1
