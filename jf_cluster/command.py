@@ -1,6 +1,6 @@
 """What all command lines share: their options, logging, and errors as one clear message with an exit code.
 
-Exit codes: 0 done, 1 something failed, 2 wrong input, 130 interrupted.
+Exit codes: 0 done, 1 something failed, 2 wrong input, 130 interrupted, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jf_cluster.config import Config, ConfigError, load_config
 from jf_cluster.ray_environment import HOME_VARIABLE
+from jf_cluster.stopping import Terminated, stop_at_once
 
 # Ray and torch take seconds to import: --help and a mistyped setting are answered without them.
 if TYPE_CHECKING:
@@ -49,11 +49,13 @@ def start_logging() -> None:
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn expected errors into one message and an exit code; anything else is a bug and keeps its traceback."""
-    signal.signal(signal.SIGTERM, _interrupted)
+    signal.signal(signal.SIGTERM, stop_at_once)
     try:
         yield
     except ConfigError as error:
         raise _exit(str(error), 2) from error
+    except Terminated as error:
+        raise _exit("stopped by SIGTERM; the same command carries on from here", 143) from error
     except KeyboardInterrupt as error:
         raise _exit("stopped; the same command carries on from here", 130) from error
     except Exception as error:
@@ -92,10 +94,6 @@ def _exit_code(error: Exception) -> int | None:
 def _exit(message: str, code: int) -> typer.Exit:
     typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
     return typer.Exit(code)
-
-
-def _interrupted(_: int, __: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def home() -> Path:

@@ -1,0 +1,50 @@
+"""SIGTERM: the polite request to stop, at once where nothing is lost by it, else at the next safe point."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to stop and has; what was done is kept and the same command carries on."""
+
+
+def stop_at_once(_: int, __: FrameType | None) -> None:
+    """Handle SIGTERM where every moment is a safe point: outputs appear in one atomic step."""
+    raise Terminated
+
+
+@contextmanager
+def stops_through(request: Path) -> Iterator[None]:
+    """While the block runs, SIGTERM only leaves the file ``request``, which whoever does the work looks for.
+
+    A second SIGTERM stops at once. A request nobody came to is honoured at the end of the block.
+
+    Raises:
+        Terminated: SIGTERM came.
+    """
+    request.unlink(missing_ok=True)  # of an earlier process
+    if threading.current_thread() is not threading.main_thread():  # only that one can handle signals
+        yield
+        return
+
+    def ask(_: int, __: FrameType | None) -> None:
+        logger.info("stopping after this step; once more to stop at once")
+        signal.signal(signal.SIGTERM, stop_at_once)
+        request.touch()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if request.exists():
+        raise Terminated

@@ -1,0 +1,55 @@
+"""SIGTERM: at once where nothing is lost by it, at the next safe point where something is, and its exit code."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from jf_cluster.command import clear_errors
+from jf_cluster.stopping import Terminated, stop_at_once, stops_through
+
+
+@pytest.fixture(autouse=True)
+def handler() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, stop_at_once)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_request_is_left_and_honoured_at_the_end(tmp_path: Path) -> None:
+    request, done = tmp_path / "stop", False
+    request.touch()
+    with pytest.raises(Terminated), stops_through(request):
+        assert not request.exists(), "an earlier process's request is not this one's"
+        signal.raise_signal(signal.SIGTERM)
+        assert request.exists()
+        done = True
+    assert done
+    assert signal.getsignal(signal.SIGTERM) is stop_at_once
+    with stops_through(request):
+        pass
+
+
+def test_a_second_request_stops_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Terminated), stops_through(tmp_path / "stop"):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("went on")
+
+
+def test_a_failure_is_not_hidden_by_the_request(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="broken"), stops_through(tmp_path / "stop"):
+        signal.raise_signal(signal.SIGTERM)
+        raise ValueError("broken")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_exit_codes(number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as left, clear_errors():
+        signal.raise_signal(number)
+    assert left.value.exit_code == code
+    assert "the same command carries on" in capsys.readouterr().err
