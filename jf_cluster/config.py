@@ -133,6 +133,26 @@ class ZeroConfig(Section):
     """Parameters with fewer elements stay whole on every rank."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters instead of full fine-tuning; the export has them merged, so it is a plain model again."""
+
+    rank: Positive = 16
+    alpha: Rate = 32.0
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Names of the linear layers that get adapters, or all of them but the output head."""
+
+
+class GuardConfig(Section):
+    """When a step counts as spoilt, so that training goes back to the last checkpoint and leaves its data out."""
+
+    norm_factor: Annotated[float, Field(gt=1.0)] = 300.0
+    """A gradient norm more than this many times the median of the last 50 steps has exploded."""
+    max_skips: Annotated[int, Field(ge=0)] = 10
+    """Times a round may go back; one more and it fails, since the cause is then not in the data."""
+
+
 class TrainConfig(Section):
     workers: Positive = 2
     """ZeRO-3 ranks."""
@@ -163,11 +183,20 @@ class TrainConfig(Section):
     loss_chunk_tokens: Positive = 1024
     """Positions whose vocabulary-sized logits exist at the same time."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    lora: LoraConfig | None = None
+    """Train adapters only; None is full fine-tuning."""
+    guard: GuardConfig = GuardConfig()
     checkpoint_every_steps: Positive = 100
     """Steps between checkpoints."""
+    checkpoint_every_s: Annotated[float, Field(ge=0)] = 0.0
+    """Save too when this long has passed since the last checkpoint; 0 is off."""
+    checkpoint_async: bool = False
+    """Write checkpoints from a process beside each rank (DeepSpeed's decoupled writer) while the next step goes on."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints that are kept."""
+    """The last so many are kept, and the one with the lowest loss beside them."""
+    export: Literal["last", "best"] = "last"
+    """Publish the weights of the last step, or of the checkpoint whose steps before it had the lowest mean loss."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Times the group of workers is restarted from the last checkpoint after a failure."""
     zero: ZeroConfig = ZeroConfig()

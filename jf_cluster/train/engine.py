@@ -9,16 +9,19 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import deepspeed
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.integrations import HfDeepSpeedConfig
 
 from jf_cluster.config import Config
+from jf_cluster.config import LoraConfig as LoraSettings
 from jf_cluster.jacobi.loss import forcing_loss
 from jf_cluster.models import load_model, use_cpu
 from jf_cluster.train.rendezvous import INIT_METHOD
@@ -30,6 +33,12 @@ if TYPE_CHECKING:
     from jf_cluster.jacobi.packing import PackedBatch
 
 
+T = TypeVar("T")
+
+ADAPTER = "default"
+"""What peft calls the one adapter that every layer has under LoRA."""
+
+
 @dataclass(frozen=True)
 class Group:
     """This process's place among the ranks."""
@@ -37,6 +46,12 @@ class Group:
     rank: int
     world_size: int
     device: torch.device
+
+    def from_first(self, value: T | None) -> T:
+        """What rank 0 gives; all ranks call this together. Others may read shared storage later, or never."""
+        given = [value]
+        torch.distributed.broadcast_object_list(given, src=0, device=self.device)
+        return cast(T, given[0])
 
 
 def join_group(config: Config) -> Group:
@@ -80,6 +95,9 @@ def deepspeed_config(config: Config, world_size: int, load_universal: bool = Fal
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if train.zero.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    checkpoint: dict[str, Any] = {"load_universal": load_universal, "tag_validation": "Ignore"}
+    if train.checkpoint_async:
+        checkpoint["writer"] = {"type": "python", "decoupled": True}  # type "fast" is compiled at run time
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.micro_batches_per_step // world_size,
@@ -90,7 +108,7 @@ def deepspeed_config(config: Config, world_size: int, load_universal: bool = Fal
         # Offloaded optimizer states are stepped by torch's AdamW: DeepSpeed's CPUAdam is compiled at run time.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "checkpoint": {"load_universal": load_universal, "tag_validation": "Ignore"},
+        "checkpoint": checkpoint,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
@@ -172,6 +190,8 @@ def build_engine(config: Config, round_number: int, group: Group, load_universal
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     train = config.train
+    if train.lora is not None:
+        _add_adapters(model, train.lora, seed=config.seed * 1_000_003 + round_number)
     module = ForcingModule(model, train.loss_chunk_tokens)
     optimizer = torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
@@ -181,7 +201,23 @@ def build_engine(config: Config, round_number: int, group: Group, load_universal
         fused=True,
     )
     schedule = LambdaLR(optimizer, lambda step: rate_factor(step, config))
+    if train.checkpoint_async:
+        # Private: the writer asks for the node's number, and for ZeRO-3 makes no use of it.
+        os.environ |= {"CROSS_SIZE": "1", "CROSS_RANK": "0"}
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
     )
+    if train.checkpoint_async:
+        # Private: what the writer wrote it cannot read again, since torch takes nothing but tensors unless told to.
+        engine.checkpoint_engine.load = TorchCheckpointEngine().load
     return engine
+
+
+def _add_adapters(model: PreTrainedModel, lora: LoraSettings, seed: int) -> None:
+    """Put LoRA's adapters into ``model`` in place and freeze the rest; every rank draws the same ones."""
+    torch.manual_seed(seed)
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
+    )
+    inject_adapter_in_model(settings, model, adapter_name=ADAPTER)

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 import deepspeed
 import torch
 import torch.distributed as dist
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from jf_cluster.model_card import write_card
 from jf_cluster.models import TOKENIZER_FILES, resolve
 from jf_cluster.package_decoder import write_decoder
+from jf_cluster.train.engine import ADAPTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,12 +33,11 @@ MAX_FILE_BYTES = 5 * 10**9
 def export_model(model: PreTrainedModel, target: Path, dtype: torch.dtype, base: str) -> None:
     """Write ``model`` in ``dtype``, tokenizer, decoder and card to ``target``; all ranks call this together.
 
-    The tokenizer is that of ``base``; the card gets its table when the model is evaluated.
-
-    ``target`` must not exist on entry; what a killed export left of it is removed by whoever starts the ranks.
+    The tokenizer is that of ``base``; the card gets its table when the model is evaluated. LoRA's adapters are merged.
     """
     writes = dist.get_rank() == 0
     if writes:
+        shutil.rmtree(target, ignore_errors=True)  # what ranks that died while exporting left
         target.mkdir(parents=True)
         model.config.use_cache = True
         model.config.dtype = dtype
@@ -69,15 +70,29 @@ def export_model(model: PreTrainedModel, target: Path, dtype: torch.dtype, base:
 
 
 def _full_tensors(model: PreTrainedModel, keep: bool) -> Iterator[tuple[str, Tensor | None]]:
-    """Whole tensors of the state dict one at a time, in a fixed order, CPU copies where ``keep``; tied ones once."""
+    """Whole tensors of the plain model's state dict one at a time, in a fixed order, CPU copies where ``keep``.
+
+    A tied tensor comes once; a layer with adapters gives its weight with their product added.
+    """
     persistent = set(model.state_dict().keys())
+    adapted = {id(layer.base_layer.weight): layer for layer in model.modules() if isinstance(layer, LoraLayer)}
     for name, parameter in model.named_parameters():  # names a tied parameter once
-        with deepspeed.zero.GatheredParameters([parameter]):
+        if _is_adapter(name):
+            continue
+        layer = adapted.get(id(parameter))
+        adapters = [] if layer is None else [p for n, p in layer.named_parameters() if _is_adapter(n)]
+        with deepspeed.zero.GatheredParameters([parameter, *adapters]):
             whole = parameter.detach().to("cpu", copy=True).contiguous() if keep else None
-        yield name, whole
+            if layer is not None and whole is not None:
+                whole = whole.float() + layer.get_delta_weight(ADAPTER).detach().cpu().float()
+        yield name.replace(".base_layer.", "."), whole
     for name, buffer in model.named_buffers():
         if name in persistent:
             yield name, buffer.detach().cpu().contiguous() if keep else None
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part in LoraLayer.adapter_layer_names for part in name.split("."))
 
 
 def _part(number: int) -> str:
