@@ -38,6 +38,7 @@ OPERATIONAL = frozenset(
         "collect.commit_every_s",
         *("train.workers", "train.cpus_per_worker", "train.gpus_per_worker", "train.loss_chunk_tokens", "train.zero"),
         *("train.gradient_checkpointing", "train.checkpoint_every_steps", "train.keep_checkpoints"),
+        *("train.checkpoint_every_s", "train.checkpoint_async", "train.guard"),
         *("train.max_restarts", "evaluate.batch_prompts", "sandbox"),
     }
 )
@@ -211,7 +212,9 @@ def _record(config: Config) -> None:
     rounds = config.rounds
     if path.is_file():
         begun = OmegaConf.to_container(OmegaConf.load(path))
-        before, now = _leaves(begun), _leaves(config.model_dump(mode="json"))
+        # A setting that came with a newer version had its default's effect before.
+        before = _leaves(Config().model_dump(mode="json")) | _leaves(begun)
+        now = _leaves(config.model_dump(mode="json"))
         differing = [
             f"  {key}: {before.get(key)!r} before, {now.get(key)!r} now"
             for key in sorted(before.keys() | now.keys())

@@ -187,7 +187,7 @@ def disk(config: Config, shape: ModelShape, response_tokens: float | None = None
     store = sum(
         tokens * store_bytes_per_token(shape, config.collect.block_size_of(r)) for r in range(1, config.rounds + 2)
     )
-    kept = config.train.keep_checkpoints + 1  # the one being written
+    kept = config.train.keep_checkpoints + 2  # the best, and the one being written
     return int(store), Need(
         {
             "checkpoints": kept * checkpoint_bytes(config, shape),

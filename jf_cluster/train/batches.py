@@ -10,6 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,15 @@ def sample_rng(seed: int, round_number: int, epoch: int, prompt_id: str) -> np.r
     """Counter-based generator of one sample's draws in one epoch."""
     key = int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=8).digest(), "little")
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, round_number, epoch, key))))
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """An optimizer step (from 0): what all ranks forward together, and one rank's share of it as batches."""
+
+    step: int
+    micro_batches: tuple[MicroBatch, ...]
+    batches: list[PackedBatch]
 
 
 class BatchSource:
@@ -57,16 +67,14 @@ class BatchSource:
         samples = [build_sample(*self._drawn_from(micro_batch.epoch, row)) for row in micro_batch.rows]
         return collate(samples).to(self._device)
 
-    def steps(
-        self, plan: TrainingPlan, first: int, last: int, rank: int, world_size: int
-    ) -> Iterator[tuple[int, int, list[PackedBatch]]]:
-        """Yield ``(step, epoch, batches)`` of ``rank`` for steps ``first`` to ``last - 1``, one step ahead."""
+    def steps(self, plan: TrainingPlan, first: int, last: int, rank: int, world_size: int) -> Iterator[PlannedStep]:
+        """Yield steps ``first`` to ``last - 1`` with the batches of ``rank``, one step ahead."""
 
-        def build(step: int) -> tuple[int, int, list[PackedBatch]]:
+        def build(step: int) -> PlannedStep:
             share = plan.share(step, rank, world_size)
-            return step, share[0].epoch, [self.batch(micro_batch) for micro_batch in share]
+            return PlannedStep(step, plan.step(step), [self.batch(micro_batch) for micro_batch in share])
 
-        waiting: deque[Future[tuple[int, int, list[PackedBatch]]]] = deque()
+        waiting: deque[Future[PlannedStep]] = deque()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
             for step in range(first, last):
                 waiting.append(pool.submit(build, step))

@@ -1,8 +1,11 @@
-"""A round's training checkpoints: naming, completeness, choosing one to resume from, keeping the last few.
+"""A round's training checkpoints: naming, completeness, choosing one to resume from, keeping the last few and the best.
 
 A checkpoint is a directory ``step-000100`` of DeepSpeed files. It counts only when it holds ``complete.json``, which
 is renamed into place after every rank has written its part; anything else is debris of a rank that died while
 saving, ignored when resuming and swept at the next save. The directory is on storage that all ranks share.
+
+DeepSpeed's files hold weights, optimizer and learning rate schedule. The rest of the training's state is its step: the
+data position and every random draw are pure functions of it (`jf_cluster.train.plan`, `jf_cluster.train.batches`).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +42,8 @@ class Checkpoint:
     step: int
     world_size: int
     identity: str
+    loss: float
+    """Mean over the steps since the checkpoint before it."""
 
     @property
     def name(self) -> str:
@@ -52,25 +58,70 @@ def whole_checkpoints(directory: Path) -> list[Checkpoint]:
     )
 
 
-def save(engine: DeepSpeedEngine, directory: Path, checkpoint: Checkpoint, keep: int) -> None:
-    """Write a checkpoint from all ranks together, then drop all but the last ``keep`` and any debris."""
-    target = directory / checkpoint.name
-    if engine.global_rank == 0 and target.exists():
-        shutil.rmtree(target)  # debris of the same step; DeepSpeed would write between its files
-    dist.barrier()
-    engine.save_checkpoint(str(directory), tag=checkpoint.name, client_state=asdict(checkpoint), save_latest=False)
-    if engine.global_rank != 0:
-        return
-    marker = target / f".{_COMPLETE}"
-    with marker.open("w") as stream:
-        json.dump(asdict(checkpoint), stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    marker.rename(target / _COMPLETE)
-    kept = {c.name for c in whole_checkpoints(directory)[-keep:]}
-    for path in directory.iterdir():
-        if path.is_dir() and path.name not in kept:
-            shutil.rmtree(path)
+def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """The one with the lowest loss, of equals the last."""
+    return min(reversed(checkpoints), key=lambda checkpoint: checkpoint.loss)
+
+
+def kept(checkpoints: Sequence[Checkpoint], keep: int) -> set[Checkpoint]:
+    """Of all whole checkpoints, oldest first, the last ``keep`` and the best."""
+    return {*checkpoints[-keep:], best(checkpoints)}
+
+
+class CheckpointWriter:
+    """Saves a training's checkpoints; all ranks call its methods together.
+
+    Where DeepSpeed writes beside the training, a checkpoint becomes whole at the next :meth:`settle` only, which
+    therefore has to follow every step: DeepSpeed waits for its writer before the weights change again.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, directory: Path, keep: int) -> None:
+        self._engine, self._directory, self._keep = engine, directory, keep
+        self._written: Checkpoint | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Have every rank write its part of ``checkpoint``."""
+        self.settle()
+        target = self._directory / checkpoint.name
+        if self._engine.global_rank == 0 and target.exists():
+            shutil.rmtree(target)  # debris of the same step; DeepSpeed would write between its files
+        dist.barrier()
+        self._engine.save_checkpoint(
+            str(self._directory),
+            tag=checkpoint.name,
+            client_state={"step": checkpoint.step},
+            save_latest=False,
+            exclude_frozen_parameters=True,  # those of LoRA's base are in the model that training starts from
+        )
+        self._written = checkpoint
+        if not self._engine.checkpoint_engine.is_decoupled():
+            self.settle()
+
+    def settle(self) -> None:
+        """Make what was written a whole checkpoint, then drop those that are kept no longer and any debris."""
+        if self._written is None:
+            return
+        if self._engine.checkpoint_engine.get_commit_info() is not None:  # no step came since: nobody has waited yet
+            self._engine._commit_decoupled_checkpoint()
+        checkpoint, self._written = self._written, None
+        if self._engine.global_rank != 0:
+            return
+        target = self._directory / checkpoint.name
+        marker = target / f".{_COMPLETE}"
+        with marker.open("w") as stream:
+            json.dump(asdict(checkpoint), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        marker.rename(target / _COMPLETE)
+        names = {c.name for c in kept(whole_checkpoints(self._directory), self._keep)}
+        for path in self._directory.iterdir():
+            if path.is_dir() and path.name not in names:
+                shutil.rmtree(path)
+
+    def close(self) -> None:
+        """Settle and end DeepSpeed's writer process, if there is one."""
+        self.settle()
+        self._engine.checkpoint_engine.cleanup()
 
 
 def choose(directory: Path, identity: str) -> Checkpoint | None:
@@ -94,7 +145,7 @@ def load(engine: DeepSpeedEngine, directory: Path, checkpoint: Checkpoint) -> No
     """Restore weights, optimizer and schedule on all ranks; ``engine`` was built for the right kind of checkpoint."""
     universal = checkpoint.world_size != dist.get_world_size()
     tag = f"{checkpoint.name}-universal" if universal else checkpoint.name
-    path, state = engine.load_checkpoint(str(directory), tag=tag)
+    path, state = engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
     if path is None or state["step"] != checkpoint.step:
         raise CheckpointError(f"DeepSpeed could not load the checkpoint {directory / tag}; delete it to go one back")
     engine.global_steps = checkpoint.step

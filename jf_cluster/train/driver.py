@@ -17,11 +17,13 @@ from ray.train.torch import TorchTrainer
 from jf_cluster import __version__
 from jf_cluster.config import Config
 from jf_cluster.models import model_hash
-from jf_cluster.tracking import Tracker
+from jf_cluster.stopping import Terminated, stops_through
+from jf_cluster.tracking import StageRun, Tracker
+from jf_cluster.train.guard import Skip, read_skips
 from jf_cluster.train.progress import followed
 from jf_cluster.train.rendezvous import RendezvousConfig
 from jf_cluster.train.steps_log import read_steps
-from jf_cluster.train.worker import RankJob, read_skipped, train_rank
+from jf_cluster.train.worker import RankJob, train_rank
 from trajectory_store import TrajectoryStore
 
 if TYPE_CHECKING:
@@ -29,13 +31,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PLACEMENT = {"workers", "cpus_per_worker", "gpus_per_worker", "checkpoint_every_steps", "keep_checkpoints"} | {
-    "max_restarts",
-    "zero",
-    "loss_chunk_tokens",
-    "gradient_checkpointing",
+_PLACEMENT = {
+    *("workers", "cpus_per_worker", "gpus_per_worker", "max_restarts", "zero", "loss_chunk_tokens"),
+    *("gradient_checkpointing", "checkpoint_every_steps", "checkpoint_every_s", "checkpoint_async", "keep_checkpoints"),
+    *("guard", "export"),
 }
-"""Training settings that decide where and how safely the weights are computed, not what they become."""
+"""Training settings that decide where and how safely the weights of each step are computed, not what they become."""
 
 
 class TrainingError(RuntimeError):
@@ -49,7 +50,9 @@ def train_round(config: Config, round_number: int, tracker: Tracker) -> None:
     whole checkpoint; does nothing when the model is there already.
 
     Raises:
-        TrainingError: the trajectories come from another model, or the ranks failed more often than allowed.
+        TrainingError: the trajectories come from another model, or the ranks failed or went back more often than
+            allowed.
+        jf_cluster.stopping.Terminated: SIGTERM came; all that was done is in a checkpoint.
         jf_cluster.models.ModelError: the start model is missing or incomplete.
         trajectory_store.StoreError: the round is not sealed, or a shard is damaged.
     """
@@ -71,17 +74,18 @@ def train_round(config: Config, round_number: int, tracker: Tracker) -> None:
         identity=_identity(config, round_number, parent_hash, manifest),
         checkpoints=str(checkpoints),
         steps_log=str(training / f"{name}.steps.jsonl"),
-        skipped_steps=str(training / f"{name}.skipped.jsonl"),
+        skips=str(training / f"{name}.skipped.jsonl"),
+        stop=str(training / f"{name}.stop"),
         export=str(partial),
     )
     earlier_s = sum(record.seconds for record in read_steps(Path(job.steps_log)))  # of an interrupted attempt
-    with tracker.stage(round_number, "train") as stage:
+    with tracker.stage(round_number, "train") as stage, stops_through(Path(job.stop)):
         stage.tags({"parent_model_hash": parent_hash, "store_hash": manifest.content_hash})
         stage.params(
             config.train.model_dump(mode="json") | {"learning_rate": config.train.learning_rate_of(round_number)}
         )
         with followed(Path(job.steps_log), config.train.steps, f"train {name}", stage):
-            _run_ranks(config, job, training / "ray")
+            _train_to_the_end(config, job, training / "ray", stage)
         _write_lineage(config, round_number, parent_hash, manifest, partial)
         summary = _write_summary(config, job, training / f"{name}.json", earlier_s + time.monotonic() - begun)
         _publish(partial, target)
@@ -136,6 +140,34 @@ def _identity(config: Config, round_number: int, parent_hash: str, manifest: Man
     return json.dumps(parts, sort_keys=True)
 
 
+def _train_to_the_end(config: Config, job: RankJob, storage: Path, stage: StageRun) -> None:
+    """Start the ranks, again whenever they went back to a checkpoint, until they have exported the model."""
+    while not Path(job.export).exists():
+        skips = read_skips(Path(job.skips), job.identity)
+        if skips:
+            _report_skips(config, job, skips, stage)
+        _run_ranks(config, job, storage)
+        if Path(job.stop).exists():
+            raise Terminated
+
+
+def _report_skips(config: Config, job: RankJob, skips: list[Skip], stage: StageRun) -> None:
+    last = skips[-1]
+    samples = len({row for skip in skips for row in skip.rows})
+    stage.metrics({"train/skips": len(skips), "train/skipped_samples": samples}, step=last.step)
+    stage.tags({"skipped_samples": ", ".join(prompt_id for skip in skips for prompt_id in skip.prompt_ids)[:5000]})
+    if len(skips) > config.train.guard.max_skips:
+        raise TrainingError(
+            f"training round {job.round_number} had to leave data out {len(skips)} times, the last time at step "
+            f"{last.step + 1} ({last.reason}); so often the data are not the cause: start another run with a lower "
+            f"train.learning_rate, or raise train.guard.max_skips. What was left out is in {job.skips}"
+        )
+    logger.warning(
+        "step %d of round %d: %s; its %d samples are left out, training goes on from the last checkpoint (%s)",
+        *(last.step + 1, job.round_number, last.reason, len(last.rows), job.skips),
+    )
+
+
 def _run_ranks(config: Config, job: RankJob, storage: Path) -> None:
     train = config.train
     resources = {"CPU": train.cpus_per_worker}
@@ -185,7 +217,7 @@ def _write_summary(config: Config, job: RankJob, path: Path, seconds: float) -> 
     summary: dict[str, float] = {
         "round": job.round_number,
         "steps": config.train.steps,
-        "skipped_steps": len(read_skipped(Path(job.skipped_steps))),
+        "skipped_samples": len({row for skip in read_skips(Path(job.skips), job.identity) for row in skip.rows}),
         "seconds": seconds,
         "step_seconds": sum(r.seconds for r in records),
         "tokens": sum(r.tokens for r in records),

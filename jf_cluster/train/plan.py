@@ -4,11 +4,14 @@ The plan is one endless sequence of micro-batches. Epoch after epoch, rows are t
 packed by token budget in windows of rows, and the micro-batches of a window are shuffled. Step ``s`` consumes
 micro-batches ``[s·G, (s+1)·G)``, whatever the world size; a rank takes every ``world_size``-th of them. So a position
 is one number, the step, and a run resumed on other ranks consumes the same samples. Reads nothing but lengths.
+
+Rows may be left out from a step on. They are taken from the micro-batches they were packed into, and a micro-batch that
+becomes empty from the sequence: what comes before that step stays as it was, and a checkpoint made there stays valid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +42,7 @@ class TrainingPlan:
         token_budget: most tokens in one micro-batch; a longer sample has a micro-batch to itself.
         micro_batches_per_step: G, over all ranks.
         window: rows packed together; larger windows waste less and mix epochs' order more.
+        left_out: pairs of a step and the rows that no micro-batch has from this step on.
     """
 
     def __init__(
@@ -49,9 +53,13 @@ class TrainingPlan:
         token_budget: int,
         micro_batches_per_step: int,
         window: int = 1024,
+        left_out: Collection[tuple[int, Collection[int]]] = (),
     ) -> None:
         if count == 0:
             raise ValueError("a plan needs at least one sample")
+        if len({row for _, rows in left_out for row in rows}) >= count:
+            raise ValueError("a plan needs at least one sample that is not left out")
+        self._left_out = left_out
         self._count, self._lengths = count, lengths
         self._seed, self._budget, self._per_step, self._window = seed, token_budget, micro_batches_per_step, window
         self._source = self._generate()
@@ -82,6 +90,17 @@ class TrainingPlan:
         return self.step(step)[rank::world_size]
 
     def _generate(self) -> Iterator[MicroBatch]:
+        """The whole sequence: what is packed, less what is left out at the position it would have."""
+        position = 0
+        for micro_batch in self._packed():
+            step = position // self._per_step
+            without = {row for since, rows in self._left_out if since <= step for row in rows}
+            rows = tuple(row for row in micro_batch.rows if row not in without)
+            if rows:
+                yield MicroBatch(micro_batch.epoch, rows)
+                position += 1
+
+    def _packed(self) -> Iterator[MicroBatch]:
         count, epoch = self._count, 0
         while True:
             order = global_order(count, self._seed, epoch)

@@ -34,6 +34,8 @@ class StepResult:
     tokens: int
     consistency_by_ratio: tuple[float | None, ...]
     """Consistency loss by noise ratio of the block, in RATIO_BUCKETS equal steps; None where there was no token."""
+    finite: tuple[bool, ...]
+    """Whether this rank's micro-batches, one by one, gave finite losses."""
 
 
 def train_step(engine: DeepSpeedEngine, batches: list[PackedBatch], ar_weight: float) -> StepResult:
@@ -45,10 +47,12 @@ def train_step(engine: DeepSpeedEngine, batches: list[PackedBatch], ar_weight: f
     undo_mean = dist.get_world_size() * engine.gradient_accumulation_steps()
     weights = torch.stack((1.0 / counts[0].clamp(min=1), ar_weight / counts[1].clamp(min=1))) * undo_mean
     sums = torch.zeros(3 + RATIO_BUCKETS, dtype=torch.float64, device=device)
+    finite = []
     for batch in batches:
         loss, parts = engine(batch, weights)
         engine.backward(loss)
         sums += parts
+        finite.append(parts.isfinite().all())
         engine.step()
     dist.all_reduce(sums)
     consistency, ar = sums[0] / counts[0].clamp(min=1), sums[1] / counts[1].clamp(min=1)
@@ -63,6 +67,7 @@ def train_step(engine: DeepSpeedEngine, batches: list[PackedBatch], ar_weight: f
             total / count if count else None
             for total, count in zip(sums[3:].tolist(), counts[3:].tolist(), strict=True)
         ),
+        finite=tuple(torch.stack(finite).tolist()),
     )
 
 

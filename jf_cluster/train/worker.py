@@ -1,34 +1,35 @@
 """What every rank does: join, build the engine, resume, step through the plan, save, export.
 
 Runs inside Ray Train's worker processes. It trusts what the driver checked (start model, data, settings) and reports
-through the log of steps.
+through the log of steps. Ranks that return without an export wrote down why: the record of skips has a new line, or
+there was a request to stop.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import time
 import warnings
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jf_cluster.config import Config
-from jf_cluster.train.steps_log import StepRecord, StepsLog
+from jf_cluster.train.guard import NORMS, Guard, Skip, read_skips, record_skip
+from jf_cluster.train.steps_log import StepRecord, StepsLog, read_steps
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+    from jf_cluster.train.batches import PlannedStep
+    from jf_cluster.train.checkpoints import Checkpoint
     from jf_cluster.train.engine import Group
+    from jf_cluster.train.step import StepResult
+    from trajectory_store import TrajectoryReader
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteStepError(RuntimeError):
-    """A step whose loss or gradient is not a number; it is recorded and left out when the ranks start again."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,26 @@ class RankJob:
     identity: str
     checkpoints: str
     steps_log: str
-    skipped_steps: str
+    skips: str
+    stop: str
+    """A file that asks the ranks to save and return after the step they are in."""
     export: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training goes on from."""
+
+    checkpoint: Checkpoint | None
+    skips: list[Skip]
+    done: list[StepRecord]
+    """The last steps before it."""
+    finished: bool
+    """Nothing is left but to export the checkpoint."""
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
 
 
 def train_rank(fields: dict[str, Any]) -> None:
@@ -53,8 +72,7 @@ def run_rank(job: RankJob) -> None:
     """Train ``job`` from its last whole checkpoint to the end and export; all ranks call this together.
 
     Raises:
-        NonFiniteStepError: a step gave no finite numbers; the weights in memory are spoilt, the checkpoints are not.
-        CheckpointError: the last checkpoint belongs to another training.
+        CheckpointError: the last checkpoint belongs to another training, or cannot be read.
     """
     begun = time.perf_counter()
     config = Config.model_validate_json(job.config_json)
@@ -64,44 +82,58 @@ def run_rank(job: RankJob) -> None:
     import torch
 
     from jf_cluster.jacobi.attention import branch_attention
-    from jf_cluster.train import engine, export
+    from jf_cluster.train import checkpoints, engine, export
 
     group = engine.join_group(config)
     try:
-        ranks, done = _start(job, config, group)
+        start = _start(job, config, group)
+        universal = start.checkpoint is not None and start.checkpoint.world_size != group.world_size
+        ranks = engine.build_engine(config, job.round_number, group, load_universal=universal)
+        if start.checkpoint is not None:
+            checkpoints.load(ranks, Path(job.checkpoints), start.checkpoint)
         if group.rank == 0:
-            logger.info(
-                "ranks ready after %.1f s, %d of %d steps done", time.perf_counter() - begun, done, config.train.steps
-            )
+            seconds = time.perf_counter() - begun
+            logger.info("ranks ready after %.1f s, %d of %d steps done", seconds, start.step, config.train.steps)
         model = ranks.module.model
         with branch_attention(model, config.model.attention):
-            _steps(job, config, group, ranks, done)
-        export.export_model(model, Path(job.export), getattr(torch, config.model.dtype), config.model.base)
+            exports = start.finished or _steps(job, config, group, ranks, start)
+        if exports:
+            export.export_model(model, Path(job.export), getattr(torch, config.model.dtype), config.model.base)
     finally:
         engine.leave_group()
 
 
-def _start(job: RankJob, config: Config, group: Group) -> tuple[DeepSpeedEngine, int]:
-    """The engine as of the last whole checkpoint, or fresh, and the number of steps it has done."""
-    import torch.distributed as dist
+def _start(job: RankJob, config: Config, group: Group) -> Start:
+    """Where to go on, as rank 0 finds it; on another number of ranks after making the checkpoint fit for it.
 
-    from jf_cluster.train import checkpoints, engine
+    When all steps are done and not the last but the best checkpoint is to be published, that one.
+    """
+    from jf_cluster.train import checkpoints
 
-    directory = Path(job.checkpoints)
-    found = checkpoints.choose(directory, job.identity)
-    universal = found is not None and found.world_size != group.world_size
-    if found and universal and group.rank == 0:
-        checkpoints.make_universal(directory, found)
-    dist.barrier()
-    ranks = engine.build_engine(config, job.round_number, group, load_universal=universal)
-    if found is None:
-        return ranks, 0
-    checkpoints.load(ranks, directory, found)
-    return ranks, found.step
+    found: Start | checkpoints.CheckpointError | None = None
+    if group.rank == 0:
+        directory = Path(job.checkpoints)
+        try:
+            checkpoint = checkpoints.choose(directory, job.identity)
+            finished = checkpoint is not None and checkpoint.step == config.train.steps
+            if finished and config.train.export == "best":
+                checkpoint = checkpoints.best(checkpoints.whole_checkpoints(directory))
+            if checkpoint is not None and checkpoint.world_size != group.world_size:
+                checkpoints.make_universal(directory, checkpoint)
+            last = checkpoint.step if checkpoint else 0
+            done = [record for record in read_steps(Path(job.steps_log)) if record.step <= last]
+            tail = done[-max(NORMS, config.train.checkpoint_every_steps) :]
+            found = Start(checkpoint, read_skips(Path(job.skips), job.identity), tail, finished)
+        except checkpoints.CheckpointError as error:  # the other ranks must not wait for ever
+            found = error
+    start = group.from_first(found)
+    if isinstance(start, checkpoints.CheckpointError):
+        raise start
+    return start
 
 
-def _steps(job: RankJob, config: Config, group: Group, ranks: DeepSpeedEngine, done: int) -> None:
-    """Optimizer steps ``done`` to the last, logged by rank 0 and saved by all."""
+def _steps(job: RankJob, config: Config, group: Group, ranks: DeepSpeedEngine, start: Start) -> bool:
+    """Optimizer steps from ``start`` on, logged by rank 0 and saved by all; whether the weights are to be exported."""
     import torch
 
     from jf_cluster.train import checkpoints
@@ -114,59 +146,96 @@ def _steps(job: RankJob, config: Config, group: Group, ranks: DeepSpeedEngine, d
     reader = TrajectoryStore(config.store_url).round(job.round_number).reader()
     source = BatchSource(reader, config, job.round_number, group.device)
     plan = TrainingPlan(
-        len(reader), source.lengths, config.seed, train.micro_batch_tokens, train.micro_batches_per_step
+        len(reader),
+        source.lengths,
+        config.seed,
+        train.micro_batch_tokens,
+        train.micro_batches_per_step,
+        left_out=[(skip.step, skip.rows) for skip in start.skips],
     )
-    skipped = read_skipped(Path(job.skipped_steps))
-    log = StepsLog(Path(job.steps_log), done) if group.rank == 0 else None
-    begun = time.perf_counter()
-    for step, epoch, batches in source.steps(plan, done, train.steps, group.rank, group.world_size):
+    guard = Guard(train.guard.norm_factor, [record.gradient_norm for record in start.done])
+    losses = deque((record.loss for record in start.done), maxlen=train.checkpoint_every_steps)
+    writer = checkpoints.CheckpointWriter(ranks, Path(job.checkpoints), train.keep_checkpoints)
+    log = StepsLog(Path(job.steps_log), start.step) if group.rank == 0 else None
+    complete = False
+    begun = saved = time.perf_counter()
+    planned_steps = source.steps(plan, start.step, train.steps, group.rank, group.world_size)
+    for planned in planned_steps:
         rate = float(ranks.optimizer.param_groups[0]["lr"])
-        if step in skipped:
-            ranks.lr_scheduler.step()
-        else:
-            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, where a model has any, repeats after a restart
-            result = train_step(ranks, batches, train.ar_weight)
-            if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
-                if group.rank == 0:
-                    record_skipped(Path(job.skipped_steps), step, [row for m in plan.step(step) for row in m.rows])
-                raise NonFiniteStepError(
-                    f"step {step + 1}: loss {result.loss}, gradient norm {result.gradient_norm}; its samples are left "
-                    f"out from now on ({job.skipped_steps})"
-                )
-            now = time.perf_counter()
-            if log:
-                fill = result.tokens / (train.micro_batch_tokens * train.micro_batches_per_step)
-                log.append(
-                    StepRecord(
-                        step=step + 1,
-                        epoch=epoch,
-                        loss=result.loss,
-                        consistency=result.consistency,
-                        ar=result.ar,
-                        agreement=result.agreement,
-                        learning_rate=rate,
-                        gradient_norm=result.gradient_norm,
-                        tokens=result.tokens,
-                        fill=fill,
-                        seconds=now - begun,
-                        consistency_by_ratio=result.consistency_by_ratio,
-                        peak_memory_bytes=peak_memory_bytes(group.device),
-                    )
-                )
-        if (step + 1) % train.checkpoint_every_steps == 0 or step + 1 == train.steps:
-            state = checkpoints.Checkpoint(step + 1, group.world_size, job.identity)
-            checkpoints.save(ranks, Path(job.checkpoints), state, train.keep_checkpoints)
+        # Dropout, where a model has any, repeats after a restart.
+        torch.manual_seed(config.seed * 1_000_003 + planned.step)
+        result = train_step(ranks, planned.batches, train.ar_weight)
+        writer.settle()
+        step = planned.step + 1
+        reason = guard.trouble(result.loss, result.gradient_norm)
+        if reason:
+            planned_steps.close()  # the reader is this thread's again
+            _leave_out(job, group, reader, planned, result, reason)
+            break
+        losses.append(result.loss)
+        now = time.perf_counter()
+        if log:
+            log.append(_record(planned, result, rate, config, now - begun, peak_memory_bytes(group.device)))
+        overdue = 0 < train.checkpoint_every_s <= now - saved
+        stops, saves = group.from_first((Path(job.stop).exists(), overdue) if group.rank == 0 else None)
+        if stops or saves or step % train.checkpoint_every_steps == 0 or step == train.steps:
+            loss = sum(losses) / len(losses)
+            writer.save(checkpoints.Checkpoint(step, group.world_size, job.identity, loss))
+            saved = time.perf_counter()
+        if stops:
+            break
         begun = time.perf_counter()
+    else:
+        complete = True
+    writer.close()
     if log:
         log.close()
+    return complete and _is_wanted(job, config, group)
 
 
-def read_skipped(path: Path) -> set[int]:
-    """Steps (from 0) left out because they gave no finite numbers."""
-    return {json.loads(line)["step"] for line in path.read_text().splitlines()} if path.exists() else set()
+def _is_wanted(job: RankJob, config: Config, group: Group) -> bool:
+    """Whether the weights of the last step are the ones to publish; otherwise the ranks start again from the best."""
+    from jf_cluster.train import checkpoints
+
+    if config.train.export == "last":
+        return True
+    found = checkpoints.whole_checkpoints(Path(job.checkpoints)) if group.rank == 0 else None
+    return group.from_first(found and checkpoints.best(found).step == config.train.steps)
 
 
-def record_skipped(path: Path, step: int, rows: list[int]) -> None:
-    """Remember a step to leave out, and the rows of the store it consists of."""
-    with path.open("a") as stream:
-        stream.write(json.dumps({"step": step, "rows": rows}) + "\n")
+def _leave_out(
+    job: RankJob, group: Group, reader: TrajectoryReader, planned: PlannedStep, result: StepResult, reason: str
+) -> None:
+    """Record what spoilt a step: the micro-batches whose own loss is not finite, or all where only their sum tells."""
+    import torch
+    import torch.distributed as dist
+
+    marks = torch.zeros(len(planned.micro_batches), device=group.device)
+    marks[group.rank :: group.world_size] = torch.tensor(result.finite, device=group.device).logical_not().float()
+    dist.all_reduce(marks)
+    if group.rank == 0:
+        marked = [m for m, mark in zip(planned.micro_batches, marks.tolist(), strict=True) if mark]
+        rows = tuple(sorted({row for m in marked or planned.micro_batches for row in m.rows}))
+        prompt_ids = tuple(reader[row].prompt_id for row in rows)
+        record_skip(Path(job.skips), Skip(job.identity, planned.step, reason, rows, prompt_ids))
+        logger.warning("step %d: %s; %d samples are left out from now on", planned.step + 1, reason, len(rows))
+
+
+def _record(
+    planned: PlannedStep, result: StepResult, rate: float, config: Config, seconds: float, peak_memory_bytes: int
+) -> StepRecord:
+    return StepRecord(
+        step=planned.step + 1,
+        epoch=planned.micro_batches[0].epoch,
+        loss=result.loss,
+        consistency=result.consistency,
+        ar=result.ar,
+        agreement=result.agreement,
+        learning_rate=rate,
+        gradient_norm=result.gradient_norm,
+        tokens=result.tokens,
+        fill=result.tokens / (config.train.micro_batch_tokens * config.train.micro_batches_per_step),
+        seconds=seconds,
+        consistency_by_ratio=result.consistency_by_ratio,
+        peak_memory_bytes=peak_memory_bytes,
+    )

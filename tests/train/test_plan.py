@@ -57,6 +57,25 @@ def test_every_epoch_has_every_row_once_within_the_budget() -> None:
     assert first != second
 
 
+def test_rows_are_left_out_from_a_step_on_and_what_is_before_it_stays() -> None:
+    whole = [m for step in range(60) for m in plan().step(step)]
+    first, second = set(whole[4 * 7 + 2].rows), {whole[0].rows[0], whole[4 * 30].rows[0]}
+    without = TrainingPlan(len(LENGTHS), lengths, 1, 200, 4, window=16, left_out=[(7, first), (9, second)])
+    expected: list[MicroBatch] = []
+    for micro_batch in whole:
+        step = len(expected) // 4
+        gone = (first if step >= 7 else set()) | (second if step >= 9 else set())
+        if rows := tuple(row for row in micro_batch.rows if row not in gone):
+            expected.append(MicroBatch(micro_batch.epoch, rows))
+    assert expected[:28] == whole[:28] and len(whole) - 10 < len(expected) < len(whole)
+    steps = len(expected) // 4
+    assert [m for step in range(steps) for m in without.step(step)] == expected[: 4 * steps]
+    assert without.step(6) == plan().step(6), "going back gives the same again"
+    assert not {row for step in range(9, 60) for m in without.step(step) for row in m.rows} & (first | second)
+    with pytest.raises(ValueError, match="not left out"):
+        TrainingPlan(3, lengths, 1, 200, 4, left_out=[(0, (0, 1)), (5, (1, 2))])
+
+
 def test_a_long_run_keeps_only_a_few_windows_in_memory() -> None:
     one = plan(window=4)
     for step in range(500):

@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from jf_cluster.config import Config
 from jf_cluster.train.checkpoints import CheckpointError
-from jf_cluster.train.steps_log import read_steps
-from jf_cluster.train.worker import RankJob
-from tests.train.conftest import Ranks, job_of, seal
-
-
-def losses(job: RankJob) -> list[tuple[int, float, float, float]]:
-    return [(r.step, r.loss, r.consistency, r.gradient_norm) for r in read_steps(Path(job.steps_log))]
-
-
-def weights(job: RankJob) -> dict[str, torch.Tensor]:
-    return load_file(Path(job.export) / "model.safetensors")
-
-
-@pytest.fixture
-def sealed(configured: Callable[..., Config]) -> Config:
-    config = configured()
-    seal(config)
-    return config
-
-
-def rewind(job: RankJob, directory: Path, to_step: int) -> RankJob:
-    """A copy of a finished job as if its ranks had died after checkpoint ``to_step``, with debris of the next one."""
-    copied = RankJob(**(vars(job) | {n: str(directory / n) for n in ("checkpoints", "steps_log", "export")}))
-    shutil.copytree(job.checkpoints, copied.checkpoints)
-    shutil.copyfile(job.steps_log, copied.steps_log)
-    for path in Path(copied.checkpoints).glob("step-*"):
-        if int(path.name[5:11]) > to_step:
-            (path / "complete.json").unlink()
-            next(path.glob("*.pt")).write_bytes(b"cut off")
-    return copied
+from tests.train.conftest import Ranks, job_of, losses, rewind, weights
 
 
 def test_resumed_and_uninterrupted_and_other_world_sizes_agree(sealed: Config, ranks: Ranks, tmp_path: Path) -> None:
@@ -64,7 +32,7 @@ def test_resumed_and_uninterrupted_and_other_world_sizes_agree(sealed: Config, r
     torch.testing.assert_close(weights(alone), weights(whole), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_training_goes_on_with_another_number_of_ranks(
     sealed: Config, ranks: Ranks, tmp_path: Path, before: int, after: int
 ) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,18 +15,36 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jf_cluster.config import Config
 from jf_cluster.models import load_tokenizer, model_hash, tokenizer_hash
+from jf_cluster.stopping import Terminated
 from jf_cluster.tracking import Tracker
 from jf_cluster.train import TrainingError, train_round
+from jf_cluster.train.checkpoints import whole_checkpoints
 from jf_cluster.train.steps_log import read_steps
-from tests.train.conftest import seal
+from tests.train.conftest import Ranks, job_of, seal, weights
 
 pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@contextmanager
+def at_step(steps_log: Path, step: int, action: Callable[[], object]) -> Iterator[None]:
+    """Do something as soon as the log says ``step`` was reached."""
+
+    def watch() -> None:
+        while not any(record.step >= step for record in read_steps(steps_log)):
+            time.sleep(0.01)
+        action()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield
+    thread.join(timeout=60)
 
 
 @contextmanager
@@ -31,18 +52,24 @@ def rank_killed_at(steps_log: Path, step: int) -> Iterator[list[int]]:
     """Kill -9 one rank as soon as the log says ``step`` was reached."""
     killed: list[int] = []
 
-    def watch() -> None:
-        while not (steps_log.exists() and any(r.step >= step for r in read_steps(steps_log))):
-            time.sleep(0.01)
+    def kill() -> None:
         for process in psutil.Process().children(recursive=True):
             if process.name().startswith("ray::RayTrainWo") and not killed:
                 killed.append(process.pid)
                 process.kill()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    yield killed
-    thread.join(timeout=60)
+    with at_step(steps_log, step, kill):
+        yield killed
+
+
+def train_runs(config: Config) -> list[Run]:
+    """The MLflow runs of training."""
+    tracker = Tracker.open(config)
+    return MlflowClient(tracker.uri).search_runs([tracker.experiment_id], "tags.`jf_cluster.stage` = 'train'")
+
+
+def exported(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.model_dir(1)) / "model.safetensors")
 
 
 def test_a_killed_rank_changes_nothing_but_the_time(configured: Callable[..., Config]) -> None:
@@ -53,7 +80,7 @@ def test_a_killed_rank_changes_nothing_but_the_time(configured: Callable[..., Co
     with rank_killed_at(steps_log, 5) as killed:
         train_round(broken, 1, Tracker.open(broken))
     assert len(killed) == 1
-    mine, other = (load_file(Path(c.model_dir(1)) / "model.safetensors") for c in (broken, whole))
+    mine, other = exported(broken), exported(whole)
     assert mine.keys() == other.keys() and all(torch.equal(mine[n], other[n]) for n in mine)
     other_log = whole.run_dir / "training" / "round-001.steps.jsonl"
     assert [(r.step, r.loss) for r in read_steps(steps_log)] == [(r.step, r.loss) for r in read_steps(other_log)]
@@ -61,7 +88,7 @@ def test_a_killed_rank_changes_nothing_but_the_time(configured: Callable[..., Co
     lineage = json.loads((Path(whole.model_dir(1)) / "lineage.json").read_text())
     assert lineage["parent_model_hash"] == lineage["base_model_hash"] == model_hash(whole.model.path)
     summary = json.loads((whole.run_dir / "training" / "round-001.json").read_text())
-    assert summary["steps"] == 12 and summary["skipped_steps"] == 0 and summary["seconds"] > summary["step_seconds"]
+    assert summary["steps"] == 12 and summary["skipped_samples"] == 0 and summary["seconds"] > summary["step_seconds"]
     model = AutoModelForCausalLM.from_pretrained(whole.model_dir(1))
     assert torch.equal(model.state_dict()["model.norm.weight"], other["model.norm.weight"])
     assert tokenizer_hash(AutoTokenizer.from_pretrained(whole.model_dir(1))) == tokenizer_hash(load_tokenizer(whole))
@@ -70,10 +97,9 @@ def test_a_killed_rank_changes_nothing_but_the_time(configured: Callable[..., Co
     )
 
     tracker = Tracker.open(whole)
-    client = MlflowClient(tracker.uri)
-    runs = client.search_runs([tracker.experiment_id], "tags.`jf_cluster.stage` = 'train'")
-    assert [run.info.status for run in runs] == ["FINISHED"]
-    history = client.get_metric_history(runs[0].info.run_id, "train/loss")
+    [run] = train_runs(whole)
+    assert run.info.status == "FINISHED"
+    history = MlflowClient(tracker.uri).get_metric_history(run.info.run_id, "train/loss")
     assert sorted(point.step for point in history) == list(range(1, 13))
 
     before = Path(whole.model_dir(1)).stat().st_mtime_ns
@@ -87,3 +113,51 @@ def test_trajectories_of_another_model_are_refused(configured: Callable[..., Con
     with pytest.raises(TrainingError, match=r"was generated by model ffffffffffff.*collect the round again"):
         train_round(config, 1, Tracker.open(config))
     assert not Path(config.model_dir(1)).exists()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    configured: Callable[..., Config], ranks: Ranks, tmp_path: Path
+) -> None:
+    config = configured(steps=40, checkpoint_every_steps=100)
+    seal(config)
+    whole = job_of(config, tmp_path / "whole")
+    ranks.train(whole, 2)
+    steps_log = config.run_dir / "training" / "round-001.steps.jsonl"
+    with at_step(steps_log, 5, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Terminated):
+        train_round(config, 1, Tracker.open(config))
+    [checkpoint] = whole_checkpoints(config.run_dir / "checkpoints" / "round-001")
+    assert 5 <= checkpoint.step < 40 and checkpoint.step == read_steps(steps_log)[-1].step
+    assert not list((config.run_dir / "models").iterdir())
+    assert [run.info.status for run in train_runs(config)] == ["KILLED"]
+    train_round(config, 1, Tracker.open(config))
+    mine, other = exported(config), weights(whole)
+    assert mine.keys() == other.keys() and all(torch.equal(mine[n], other[n]) for n in mine)
+    assert [run.info.status for run in train_runs(config)] == ["FINISHED"]
+
+
+def test_spoilt_data_are_left_out_recorded_and_limited(
+    configured: Callable[..., Config], broken_base: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Two samples spoil their step; only one is allowed at first."""
+    config = configured(model=broken_base, guard={"max_skips": 1})
+    seal(config, broken=(2, 3))
+    with pytest.raises(TrainingError, match=r"leave data out 2 times, .*raise train\.guard\.max_skips"):
+        train_round(config, 1, Tracker.open(config))
+    allowed = configured(model=broken_base, guard={"max_skips": 2})
+    train_round(allowed, 1, Tracker.open(allowed))
+
+    record = config.run_dir / "training" / "round-001.skipped.jsonl"
+    skips = [json.loads(line) for line in record.read_text().splitlines()]
+    assert "prompt-0003" in skips[0]["prompt_ids"] and "prompt-0002" in skips[1]["prompt_ids"]
+    left_out = [prompt_id for skip in skips for prompt_id in skip["prompt_ids"]]
+    [run] = train_runs(config)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/skips"] == 2 and run.data.metrics["train/skipped_samples"] == len(left_out)
+    assert run.data.tags["skipped_samples"] == ", ".join(left_out)
+    summary = json.loads((config.run_dir / "training" / "round-001.json").read_text())
+    assert summary["skipped_samples"] == len(left_out) and summary["steps"] == 6
+
+    never = job_of(allowed, tmp_path / "never", identity=skips[0]["identity"])
+    shutil.copyfile(record, never.skips)
+    assert ranks.train(never, 2) == 1
+    torch.testing.assert_close(exported(allowed), weights(never), rtol=0, atol=0, equal_nan=True)
