@@ -134,12 +134,17 @@ class ZeroConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters instead of full fine-tuning; the export has them merged, so it is a plain model again."""
+    """Low-rank adapters are trained instead of all weights. Without this section, all weights are.
+
+    The export has the adapters merged, so it is a plain model again.
+    """
 
     rank: Positive = 16
+    """Inner dimension of an adapter."""
     alpha: Rate = 32.0
     """The adapters' output is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of an adapter's inputs dropped while training."""
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear layers that get adapters, or all of them but the output head."""
 
@@ -185,7 +190,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     lora: LoraConfig | None = None
-    """Train adapters only; None is full fine-tuning."""
+    """Train adapters only; null trains all weights."""
     guard: GuardConfig = GuardConfig()
     checkpoint_every_steps: Positive = 100
     """Steps between checkpoints."""

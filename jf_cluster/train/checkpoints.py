@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -42,8 +43,8 @@ class Checkpoint:
     step: int
     world_size: int
     identity: str
-    loss: float
-    """Mean over the steps since the checkpoint before it."""
+    loss: float = math.inf
+    """Mean over the last steps before it, as many as lie between two checkpoints."""
 
     @property
     def name(self) -> str:

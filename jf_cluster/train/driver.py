@@ -134,7 +134,7 @@ def _identity(config: Config, round_number: int, parent_hash: str, manifest: Man
         "seed": config.seed,
         "dtype": config.model.dtype,
         "noise": config.noise.model_dump(mode="json"),
-        "train": config.train.model_dump(mode="json", exclude=_PLACEMENT)
+        "train": config.train.model_dump(mode="json", exclude=_PLACEMENT, exclude_none=True)
         | {"learning_rate": config.train.learning_rate_of(round_number)},
     }
     return json.dumps(parts, sort_keys=True)

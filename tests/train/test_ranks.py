@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jf_cluster.config import Config
 from jf_cluster.train.checkpoints import CheckpointError
@@ -65,9 +67,17 @@ def test_every_rank_keeps_its_part_of_every_parameter_only(sealed: Config, ranks
         assert second[name][1] == kept
 
 
-def gathered_after_export(config_json: str, target: str) -> dict[str, torch.Tensor]:
-    """Weights as the ranks hold them, gathered here, after the same ranks exported them in two files."""
+MOST_BYTES = 30_000
+"""In one file of weights."""
+
+
+def gathered_after_export(config_json: str, target: str) -> tuple[dict[str, torch.Tensor], list[tuple[int, int]]]:
+    """Weights as the ranks hold them, gathered here after the same ranks exported them, and what was held meanwhile:
+
+    for every parameter that was gathered, the bytes that wait in memory to be written and those gathered on this rank.
+    """
     import deepspeed
+    from safetensors.torch import save_file
 
     from jf_cluster.train import engine, export
 
@@ -75,10 +85,28 @@ def gathered_after_export(config_json: str, target: str) -> dict[str, torch.Tens
     group = engine.join_group(config)
     try:
         model = engine.build_engine(config, 1, group, load_universal=False).module.model
-        export.MAX_FILE_BYTES = 30_000
-        export.export_model(model, Path(target), torch.float32, config.model.base)
+        waiting: dict[str, int] = {}
+        held: list[tuple[int, int]] = []
+        gathering = export._full_tensors
+
+        def watched(model: PreTrainedModel, keep: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
+            for name, tensor in gathering(model, keep):
+                waiting[name] = 0 if tensor is None else tensor.nbytes
+                held.append((sum(waiting.values()), sum(p.nbytes for p in model.parameters())))
+                yield name, tensor
+
+        def write(tensors: dict[str, torch.Tensor], *arguments: Any, **options: Any) -> None:
+            save_file(tensors, *arguments, **options)
+            for name in tensors:
+                del waiting[name]
+
+        export.MAX_FILE_BYTES, export._full_tensors, export.save_file = MOST_BYTES, watched, write
+        try:
+            export.export_model(model, Path(target), torch.float32, config.model.base)
+        finally:
+            export._full_tensors, export.save_file = gathering, save_file
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            return {name: p.detach().clone() for name, p in model.named_parameters()}
+            return {name: p.detach().clone() for name, p in model.named_parameters()}, held
     finally:
         engine.leave_group()
 
@@ -86,7 +114,13 @@ def gathered_after_export(config_json: str, target: str) -> dict[str, torch.Tens
 def test_the_export_is_the_gathered_weights_and_loads_in_transformers(
     sealed: Config, ranks: Ranks, tmp_path: Path
 ) -> None:
-    gathered, _ = ranks.call(gathered_after_export, 2, sealed.model_dump_json(), str(tmp_path / "export"))
+    (gathered, held), (_, beside) = ranks.call(
+        gathered_after_export, 2, sealed.model_dump_json(), str(tmp_path / "export")
+    )
+    sizes = [weight.nbytes for weight in gathered.values()]
+    assert max(waiting for waiting, _ in held) <= MOST_BYTES + max(sizes) < sum(sizes) / 2
+    assert {waiting for waiting, _ in beside} == {0}, "the other rank keeps nothing"
+    assert {whole for _, whole in held + beside} == {0}, "a parameter is sharded again before the next is gathered"
     assert len(list((tmp_path / "export").glob("model-*-of-*.safetensors"))) > 1
     assert (tmp_path / "export" / "custom_generate" / "generate.py").is_file()
     assert "Not evaluated yet." in (tmp_path / "export" / "README.md").read_text()
