@@ -174,4 +174,4 @@ def test_disk_by_hand(planned: Callable[..., Config]) -> None:
     stored, run = memory.disk(config, read_shape(config))
     # Two rounds and the collection after the last one; ids of a large vocabulary take 32 bits.
     assert stored == pytest.approx(1000 * 100 * 9.7 * (1 + 2 + 2), abs=1)
-    assert run.parts == {"checkpoints": 3 * 14 * 7_615_616_512, "models": 2 * 2 * 7_615_616_512}
+    assert run.parts == {"checkpoints": 4 * 14 * 7_615_616_512, "models": 2 * 2 * 7_615_616_512}
