@@ -29,7 +29,7 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
 SYS_MOUNT_SETATTR = 442
 """The same on every architecture, as all system calls since Linux 5.1."""
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = -100, 0x8000, 1, 2
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
@@ -149,7 +149,10 @@ def _kill_user(uid: int) -> None:
         os.setresuid(uid, uid, uid)
         os.kill(-1, signal.SIGKILL)
         os._exit(0)
-    os.waitpid(killer, 0)
+    # All of them are this process's children, whose parents were killed: when none is left, they have ended.
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
 
 
 def _supervise(command: list[str], settings: Confinement, root: bool, report: int) -> int:
@@ -197,6 +200,8 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
         if settings["namespaces"]:
             _unshare(root)
+        else:
+            _checked(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "adopting orphans")
     except OSError as error:
         _say(report, f"refused {error.strerror}")
         return
