@@ -7,7 +7,7 @@ the counts against what PyTorch allocates (tests/planning/test_memory.py).
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jf_cluster.config import Config
 from jf_cluster.planning.shapes import ModelShape
@@ -110,6 +110,12 @@ def activation_bytes(shape: ModelShape, tokens: int, element_bytes: int, checkpo
     return tokens * (kept + norm)
 
 
+def trained(config: Config, shape: ModelShape) -> ModelShape:
+    """The shape with only the parameters that are trained: all, or LoRA's adapters."""
+    lora = config.train.lora
+    return shape if lora is None else replace(shape, parameters=shape.adapter_parameters(lora.rank))
+
+
 def longest_sample(config: Config) -> int:
     """Tokens of the longest sample there can be: the prompt, the response, and as many noisy tokens a draw."""
     return PROMPT_TOKENS + (1 + config.noise.draws) * config.collect.max_new_tokens
@@ -124,7 +130,12 @@ def training(config: Config, shape: ModelShape, nodes: int) -> tuple[Need, Need]
     """What a node's host memory and what a rank's device memory hold while training on ``nodes`` nodes."""
     train, e = config.train, element_bytes(config)
     ranks = -(-train.workers // nodes)
-    host_states, device_states = zero3_states(shape, ranks, nodes, train.zero.offload, e)
+    host_states, device_states = zero3_states(trained(config, shape), ranks, nodes, train.zero.offload, e)
+    if train.lora is not None:  # the base's weights are sharded too, and have neither gradients nor optimizer states
+        if train.zero.offload == "all":
+            host_states += e * shape.parameters // nodes
+        else:
+            device_states += e * shape.parameters // (ranks * nodes)
     chunk = min(train.loss_chunk_tokens, longest_micro_batch(config))
     gathered = min(shape.parameters, LIVE_PARAMETERS) + min(shape.parameters, BUCKET_PARAMETERS)
     device = Need(
@@ -177,8 +188,8 @@ def store_bytes_per_token(shape: ModelShape, block_size: int) -> float:
 
 
 def checkpoint_bytes(config: Config, shape: ModelShape) -> int:
-    """A ZeRO-3 checkpoint: weights, and master weights and two moments in float32."""
-    return shape.parameters * (element_bytes(config) + 12)
+    """A ZeRO-3 checkpoint: weights, and master weights and two moments of what is trained in float32."""
+    return element_bytes(config) * shape.parameters + 12 * trained(config, shape).parameters
 
 
 def disk(config: Config, shape: ModelShape, response_tokens: float | None = None) -> tuple[int, Need]:

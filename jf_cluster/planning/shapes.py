@@ -39,6 +39,11 @@ class ModelShape:
     def kv_width(self) -> int:
         return self.kv_heads * self.head_width
 
+    def adapter_parameters(self, rank: int) -> int:
+        """Parameters of LoRA's adapters at every matrix of the layers."""
+        attention = 2 * (self.hidden + self.query_width) + 2 * (self.hidden + self.kv_width)
+        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+
     def kv_bytes(self, element_bytes: int) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_width * element_bytes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from jf_cluster.config import Config
 from jf_cluster.planning.machines import Gpu, Machines
-from jf_cluster.planning.memory import element_bytes
+from jf_cluster.planning.memory import element_bytes, trained
 from jf_cluster.planning.shapes import ModelShape
 
 
@@ -95,7 +95,8 @@ def training(config: Config, shape: ModelShape, machines: Machines, assumed: Ass
     """Time of an optimizer step: ``ranks`` micro-batches at a time, network beside arithmetic, then the update."""
     train, gpu, e = config.train, _gpu(machines), element_bytes(config)
     tokens = train.micro_batch_tokens * assumed.packing
-    passes = 4 if train.gradient_checkpointing else 3  # forward, twice as much backward, and forward once more
+    # Forward, backward to the inputs and to the weights, and forward once more; frozen weights have no gradient.
+    passes = 3 + train.gradient_checkpointing - (train.lora is not None)
     keys = (assumed.prompt_tokens + assumed.response_tokens) / 2
     token_s = passes * shape.forward_flops(keys) / (gpu.flops * assumed.training_mfu)
     # ZeRO-3 gathers the weights for the forward and for the backward pass and scatters the gradients.
@@ -105,7 +106,7 @@ def training(config: Config, shape: ModelShape, machines: Machines, assumed: Ass
     optimizer_s = 0.0
     if train.zero.offload != "none":
         # Adam reads weights, gradient and two moments and writes three of them, 4 bytes each.
-        optimizer_s = 28 * shape.parameters / machines.nodes / assumed.host_memory_bytes_per_s
+        optimizer_s = 28 * trained(config, shape).parameters / machines.nodes / assumed.host_memory_bytes_per_s
     rounds = train.micro_batches_per_step // train.workers
     step_s = rounds * max(tokens * token_s, network_s) + optimizer_s
     return TrainingSpeed(

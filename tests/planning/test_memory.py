@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 from jf_cluster.config import TINY_BASE, Config
+from jf_cluster.config import LoraConfig as LoraSettings
 from jf_cluster.jacobi.attention import UnsupportedModelError, branch_attention
 from jf_cluster.jacobi.layout import Forest
 from jf_cluster.jacobi.loss import forcing_loss
@@ -19,7 +21,8 @@ from jf_cluster.jacobi.packing import PackedBatch, collate
 from jf_cluster.jacobi.samples import NoisyBranch, Sample
 from jf_cluster.jacobi.sampling import Sampling
 from jf_cluster.models import ModelError
-from jf_cluster.planning import memory
+from jf_cluster.planning import memory, speed
+from jf_cluster.planning.machines import Machines
 from jf_cluster.planning.scaling import model_7b, model_70b
 from jf_cluster.planning.shapes import read_shape, shape_of
 from jf_cluster.preflight import changed
@@ -152,6 +155,24 @@ def test_a_rank_by_hand(planned: Callable[..., Config]) -> None:
     # A sample is never cut: one of the longest response and as many noisy tokens does not fit a small budget.
     small = changed(config, {"train.micro_batch_tokens": 1024, "collect.max_new_tokens": 2048})
     assert memory.longest_micro_batch(small) == 512 + 2 * 2048
+
+
+def test_adapters_are_those_of_peft(planned: Callable[..., Config]) -> None:
+    settings = LoraConfig(r=4, target_modules="all-linear", bias="none")
+    model = inject_adapter_in_model(settings, Qwen2ForCausalLM(small()))
+    found = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert shape_of(small()).adapter_parameters(4) == found
+    config = planned("70B", train__lora=LoraSettings(rank=4))
+    shape = read_shape(config)
+    adapters = shape.adapter_parameters(4)
+    _, rank = memory.training(config, shape, 1)
+    states = 18 * adapters / 8 + 2 * shape.parameters / 8 + 4 * shape.largest_layer
+    assert rank.parts["weights, gradients and optimizer"] == pytest.approx(states, abs=2)
+    assert memory.checkpoint_bytes(config, shape) == 2 * shape.parameters + 12 * adapters
+    full = speed.training(planned("70B"), shape, Machines.thought_of("8xH100"))
+    assert speed.training(config, shape, Machines.thought_of("8xH100")).compute_s == pytest.approx(
+        0.75 * full.compute_s
+    )
 
 
 def test_a_collector_by_hand(planned: Callable[..., Config]) -> None:
