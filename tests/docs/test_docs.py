@@ -73,12 +73,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
 def test_every_shell_block_runs(clone: Path, page: str) -> None:
-    blocks = [
-        (m[2].strip(), m[3]) for m in BLOCK.finditer((ROOT / page).read_text()) if m[1] in ("sh", "bash", "shell")
-    ]
-    unmarked = [
-        m[3] for m in BLOCK.finditer((ROOT / page).read_text()) if not m[1] and re.search("make |python ", m[3])
-    ]
+    found = list(BLOCK.finditer((ROOT / page).read_text()))
+    blocks = [(m[1], m[3]) for m in found if m[2] in ("sh", "bash", "shell", "console")]
+    unmarked = [m[3] for m in found if not m[2] and re.search("make |python ", m[3])]
     assert blocks and not unmarked, "commands belong into a block marked sh"
     for mark, text in blocks:
         assert mark in (None, "serves", "gpu"), f"unknown mark {mark!r}"
