@@ -49,7 +49,7 @@ if [[ $stopping ]]; then # the signal ended that wait, not the driver
     code=0
     wait $driver || code=$?
 fi
-if ((code == 130)); then
+if ((code == 143)); then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code

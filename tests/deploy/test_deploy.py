@@ -169,7 +169,7 @@ def test_slurms_script_stops_before_its_time_is_over_and_is_queued_again(
             assert job.poll() is None, said.read_text()
             time.sleep(0.2)
         os.kill(job.pid, signal.SIGTERM)
-        assert job.wait(timeout=300) == 130, said.read_text()
+        assert job.wait(timeout=300) == 143, said.read_text()
     finally:
         _end(job)
     assert Path(slurm["SCRATCH"], "control").read_text().split() == ["requeue", str(os.getpid())]
