@@ -18,7 +18,7 @@ import typer
 
 from jf_cluster.config import Config, ConfigError, load_config
 from jf_cluster.ray_environment import HOME_VARIABLE
-from jf_cluster.stopping import Terminated, stop_at_once
+from jf_cluster.stopping import stop_at_once, was_terminated
 
 # Ray and torch take seconds to import: --help and a mistyped setting are answered without them.
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def clear_errors() -> Iterator[None]:
         yield
     except ConfigError as error:
         raise _exit(str(error), 2) from error
-    except Terminated as error:
-        raise _exit("stopped by SIGTERM; the same command carries on from here", 143) from error
     except KeyboardInterrupt as error:
+        if was_terminated(error):
+            raise _exit("stopped by SIGTERM; the same command carries on from here", 143) from error
         raise _exit("stopped; the same command carries on from here", 130) from error
     except Exception as error:
         code = _exit_code(error)

@@ -17,9 +17,18 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to stop and has; what was done is kept and the same command carries on."""
 
 
+_stopped = threading.Event()
+
+
 def stop_at_once(_: int, __: FrameType | None) -> None:
     """Handle SIGTERM where every moment is a safe point: outputs appear in one atomic step."""
+    _stopped.set()
     raise Terminated
+
+
+def was_terminated(error: KeyboardInterrupt) -> bool:
+    """Whether SIGTERM, not Ctrl-C, is behind it: Ray's waits turn what the handler raises into a plain interrupt."""
+    return isinstance(error, Terminated) or _stopped.is_set()
 
 
 @contextmanager
