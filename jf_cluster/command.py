@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import typer
 
 from jf_cluster.config import Config, ConfigError, load_config
 from jf_cluster.ray_environment import HOME_VARIABLE
-from jf_cluster.stopping import stop_at_once, was_terminated
+from jf_cluster.stopping import listen, was_terminated
 
 # Ray and torch take seconds to import: --help and a mistyped setting are answered without them.
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def start_logging() -> None:
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn expected errors into one message and an exit code; anything else is a bug and keeps its traceback."""
-    signal.signal(signal.SIGTERM, stop_at_once)
+    listen()
     try:
         yield
     except ConfigError as error:

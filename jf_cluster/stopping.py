@@ -26,6 +26,12 @@ def stop_at_once(_: int, __: FrameType | None) -> None:
     raise Terminated
 
 
+def listen() -> None:
+    """Have SIGTERM stop this process at once from now on."""
+    _stopped.clear()
+    signal.signal(signal.SIGTERM, stop_at_once)
+
+
 def was_terminated(error: KeyboardInterrupt) -> bool:
     """Whether SIGTERM, not Ctrl-C, is behind it: Ray's waits turn what the handler raises into a plain interrupt."""
     return isinstance(error, Terminated) or _stopped.is_set()
