@@ -56,10 +56,11 @@ def stops_through(request: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, stop_at_once)
         request.touch()
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before, interrupt = signal.signal(signal.SIGTERM, ask), signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)  # Ray Train leaves one of its own that waits for a trainer long gone
     if request.exists():
         raise Terminated

@@ -47,9 +47,18 @@ def test_a_failure_is_not_hidden_by_the_request(tmp_path: Path) -> None:
         raise ValueError("broken")
 
 
+def test_what_ctrl_c_does_is_as_before(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stops_through(tmp_path / "stop"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray Train puts its own in place
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_exit_codes(number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started us behind it
     with pytest.raises(typer.Exit) as left, clear_errors():
         signal.raise_signal(number)
+    signal.signal(signal.SIGINT, before)
     assert left.value.exit_code == code
     assert "the same command carries on" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def _new_root(settings: Confinement) -> None:
         if path not in DEVICES:
             _read_only(str(target))
     for writable in ("/tmp", "/dev/shm"):
-        Path(root + writable).mkdir()
+        Path(root + writable).mkdir(exist_ok=True)  # there already where this environment lies below it
         Path(root + writable).chmod(0o1777)
     os.chroot(root)
     os.chdir("/tmp")
