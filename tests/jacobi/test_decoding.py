@@ -52,7 +52,7 @@ def test_every_mode_equals_ar(model: PreTrainedModel, drafting: Drafting, sampli
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6),
     block_size=st.integers(1, 12),
     blocks=st.integers(1, 3),
-    spawn_ratio=st.floats(0, 1),
+    spawn_ratio=st.floats(0, 1, allow_subnormal=False),  # CPU workers flush them, and so may this process
     pool=st.integers(0, 4),
     gram=st.integers(1, 8),
     limit=st.integers(1, 40),
