@@ -138,20 +138,22 @@ def settings(looks: Sequence[Look]) -> Picture:
     )
 
 
+def _shares(model: int, shares: Sequence[float]) -> go.Scatter:
+    """A model's line: its share (0 to 1) at position 1, 2, …, in percent."""
+    return go.Scatter(
+        x=list(range(1, len(shares) + 1)),
+        y=[100 * share for share in shares],
+        mode="lines+markers",
+        name=model_name(model),
+        line={"color": _colour(model), "width": 3},
+    )
+
+
 def acceptance(collected: Sequence[Collected]) -> Picture:
     """Share of blocks whose first p tokens are right after one pass, by p."""
     figure = go.Figure()
     for c in collected:
-        share = [100 * float((c.accepted > p).mean()) for p in range(c.block_size)]
-        figure.add_trace(
-            go.Scatter(
-                x=np.arange(1, c.block_size + 1),
-                y=share,
-                mode="lines+markers",
-                name=model_name(c.model),
-                line={"color": _colour(c.model), "width": 3},
-            )
-        )
+        figure.add_trace(_shares(c.model, [float((c.accepted > p).mean()) for p in range(c.block_size)]))
     figure.update_yaxes(range=[0, 103])
     return Picture(
         "How far into a block one pass already gets it right",
@@ -165,16 +167,7 @@ def accepted(evaluations: Sequence[Evaluation]) -> Picture:
     """Share of decode forwards that added at least so many tokens, model by model."""
     figure = go.Figure()
     for e in evaluations:
-        share = [100 * s for s in e.jacobi.acceptance]
-        figure.add_trace(
-            go.Scatter(
-                x=list(range(1, len(share) + 1)),
-                y=share,
-                mode="lines+markers",
-                name=model_name(e.round),
-                line={"color": _colour(e.round), "width": 3},
-            )
-        )
+        figure.add_trace(_shares(e.round, e.jacobi.acceptance))
     figure.update_yaxes(range=[0, 103])
     return Picture(
         "What a forward pass adds while decoding",
