@@ -76,12 +76,7 @@ def connected(config: Config) -> Iterator[None]:
     Raises:
         ClusterError: the cluster cannot be reached or can never place the workers.
     """
-    cpus = max(
-        config.collect.workers * config.collect.cpus_per_worker, config.train.workers * config.train.cpus_per_worker
-    )
-    gpus = max(
-        config.collect.workers * config.collect.gpus_per_worker, config.train.workers * config.train.gpus_per_worker
-    )
+    cpus, gpus = config.needs("cpus_per_worker"), config.needs("gpus_per_worker")
     # Ray puts a handler of its own in place, which ends the process on the spot.
     on_terminate = signal.getsignal(signal.SIGTERM)
     address = joined_cluster(config)

@@ -183,6 +183,8 @@ class TrainConfig(Section):
     """Weight of the next-token loss beside the consistency loss."""
     micro_batch_tokens: Positive = 4096
     """Token budget (clean and noisy) of one packed micro-batch; no sample is cut."""
+    packing_rows: Positive = 1024
+    """Samples packed together, in training order; in pipelined rounds training begins when so many are collected."""
     micro_batches_per_step: Positive = 2
     """Micro-batches of all ranks together in one optimizer step; must be a multiple of ``workers``."""
     loss_chunk_tokens: Positive = 1024
@@ -288,6 +290,10 @@ class Config(Section):
     """Trajectory store: a local path or an object-store URL; default ``<runs_dir>/<name>/store``."""
     rounds: Positive = 3
     """Rounds of collecting, training, exporting and evaluating."""
+    overlap: Literal["alternate", "pipelined"] = "alternate"
+    """``alternate``: collecting and training take turns on the same machines and leave them empty. ``pipelined``: a
+    round is trained on while it is collected, on machines for both at once; collectors stay and take over each new
+    model in place. The results are the same."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides prompts, initial guesses, noise, sampling and the order of the samples."""
     model: ModelConfig = ModelConfig()
@@ -315,6 +321,12 @@ class Config(Section):
     @property
     def store_url(self) -> str:
         return self.store or str(self.run_dir / "store")
+
+    def needs(self, each: Literal["cpus_per_worker", "gpus_per_worker"]) -> float:
+        """CPU cores or GPUs that the workers of all stages running at the same time hold together."""
+        collecting = self.collect.workers * float(getattr(self.collect, each))
+        training = self.train.workers * float(getattr(self.train, each))
+        return collecting + training if self.overlap == "pipelined" else max(collecting, training)
 
     def model_dir(self, round_number: int) -> str:
         """Where model ``round_number`` is loaded from; model 0 is the base."""

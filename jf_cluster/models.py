@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 
 from jf_cluster.config import Config
 
@@ -119,6 +120,37 @@ def load_checkpoint(
     except (OSError, ValueError) as error:
         raise ModelError(f"the model in {directory} cannot be loaded: {error}") from error
     return model.to(device).eval()
+
+
+def reload_weights(model: PreTrainedModel, path: str) -> bool:
+    """Put the weights of ``path`` in the place of a model's own, tensor by tensor, without a second copy of it.
+
+    The model's configuration is taken to be that of ``path``.
+
+    Returns:
+        Whether that could be done. It cannot where the files name or shape tensors otherwise than the model does, as
+        for architectures that transformers converts while loading: load such a model anew. Nothing has changed then.
+
+    Raises:
+        ModelError: as in :func:`resolve`.
+    """
+    files = sorted(resolve(path).glob("*.safetensors"))
+    own = model.state_dict(keep_vars=True)
+    tied = {parameter.data_ptr() for parameter in own.values()}
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+    if any(name not in own or list(own[name].shape) != shape for name, shape in shapes.items()):
+        return False
+    if tied != {own[name].data_ptr() for name in shapes}:
+        return False
+    with torch.no_grad():
+        for file in files:
+            with safe_open(file, framework="pt", device=str(model.device)) as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    own[name].copy_(stored.get_tensor(name))
+    return True
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:

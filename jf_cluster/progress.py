@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -27,7 +28,7 @@ class Meter:
         self.begun = self._said_at = time.monotonic()
         self._before = done
         self._bar = bar
-        self._task = bar.add_task(label, total=total, completed=done, rate="") if bar else None
+        self._task = bar.add_task(label, total=total, completed=done, figures="") if bar else None
 
     @property
     def per_second(self) -> float:
@@ -40,7 +41,7 @@ class Meter:
         if self._tell is not None:
             self._tell("prompts", self.done, self.total, self.per_second, note)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, rate=f"{self.per_second:.1f}/s {note}")
+            self._bar.update(self._task, completed=self.done, figures=f"{self.per_second:.1f}/s {note}")
         elif time.monotonic() - self._said_at >= LINE_EVERY_S or self.done >= self.total:
             self._said_at = time.monotonic()
             left_s = (self.total - self.done) / self.per_second if self.per_second > 0 else float("inf")
@@ -58,21 +59,52 @@ class Meter:
 @contextlib.contextmanager
 def meter(label: str, total: int, done: int = 0, tell: Tell | None = None) -> Iterator[Meter]:
     """Show progress while the context lasts."""
+    with bars() as bar:
+        yield Meter(label, total, done, bar, tell)
+
+
+class _Display:
+    """What is on the terminal: one live display for all bars, since two would overwrite each other."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.progress: Progress | None = None
+
+
+_display = _Display()
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Progress | None]:
+    """The bars of this process, to add one's own to (with a field ``figures``); None where output is a log."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Meter(label, total, done, None, tell)
+        yield None
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        yield Meter(label, total, done, bar, tell)
+    with _display.lock:
+        _display.users += 1
+        if _display.progress is None:
+            _display.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            _display.progress.start()
+        progress = _display.progress
+    try:
+        yield progress
+    finally:
+        with _display.lock:
+            _display.users -= 1
+            if not _display.users:
+                progress.stop()
+                _display.progress = None
 
 
 def span(seconds: float) -> str:

@@ -16,11 +16,13 @@ from omegaconf import OmegaConf
 
 from jf_cluster.cluster import connected
 from jf_cluster.collect import collect_round
+from jf_cluster.collect.crew import Crew
 from jf_cluster.config import Config, ConfigError
 from jf_cluster.dashboard import show
 from jf_cluster.evaluate import load_evaluation
 from jf_cluster.evaluate.evaluating import evaluate_round
 from jf_cluster.models import is_hub_id, resolve
+from jf_cluster.pipeline import collect_and_train
 from jf_cluster.preflight import check, check_cluster
 from jf_cluster.report import print_evaluation, print_table
 from jf_cluster.run_log import kept_log
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 OPERATIONAL = frozenset(
     {
-        *("name", "runs_dir", "store", "rounds", "tracking", "model.attention"),
+        *("name", "runs_dir", "store", "rounds", "overlap", "tracking", "model.attention"),
         *("collect.workers", "collect.cpus_per_worker", "collect.gpus_per_worker", "collect.batch_prompts"),
         *("collect.batch_timeout_s", "collect.max_attempts", "collect.forward_tokens", "collect.shard_bytes"),
         "collect.commit_every_s",
@@ -57,7 +59,7 @@ class Rounds:
         self.tracker = tracker
         self.store = TrajectoryStore(config.store_url)
         self._ray = ray
-        self._connected = False
+        self._crew: Crew | None = None
 
     def collected(self, round_number: int) -> bool:
         """Whether the round's trajectories are sealed."""
@@ -130,29 +132,36 @@ class Rounds:
     def _make_models(self, last: int) -> None:
         """Make every missing model up to ``last`` with the trajectories it needs."""
         for round_number in range(1, last + 1):
-            if not self.trained(round_number):
+            if self.trained(round_number):
+                continue
+            if self.config.overlap == "pipelined" and not self.collected(round_number):
+                collect_and_train(self.config, round_number, self.tracker, self._joined())
+                show(self.config, self.tracker)
+            else:
                 self._collect(round_number)
-                self._join()
+                crew = self._joined()
+                if self.config.overlap == "alternate":
+                    crew.dismiss()  # the ranks get the machines as if nobody had been there
                 train_round(self.config, round_number, self.tracker)
 
     def _collect(self, round_number: int) -> None:
         if not self.collected(round_number):
-            self._join()
-            collect_round(self.config, round_number, self.tracker)
+            collect_round(self.config, round_number, self.tracker, crew=self._joined())
             show(self.config, self.tracker)
 
     def _evaluate(self, round_number: int) -> None:
         if not self.evaluated(round_number):
-            self._join()
-            evaluate_round(self.config, round_number, self.tracker)
+            evaluate_round(self.config, round_number, self.tracker, self._joined())
             show(self.config, self.tracker)
 
-    def _join(self) -> None:
-        """Connect to Ray, once and only when there is work for it."""
-        if not self._connected:
+    def _joined(self) -> Crew:
+        """The run's worker processes; connects to Ray, once and only when there is work for it."""
+        if self._crew is None:
             self._ray.enter_context(connected(self.config))
             check_cluster(self.config)
-            self._connected = True
+            self._crew = Crew(self.config)
+            self._ray.callback(self._crew.dismiss)
+        return self._crew
 
     def _say(self, what: str, following: str | None = None) -> None:
         logger.info("%s%s", what, f"; next: ray job submit jobs/{following}.py" if following else "")

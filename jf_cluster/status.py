@@ -59,7 +59,7 @@ class Status:
 
     name: str
     where: Path
-    now: Now | None
+    now: list[Now]
     rounds: tuple[RoundStatus, ...]
     stages_left: int
     checkpoint: str
@@ -152,7 +152,8 @@ def rendered(status: Status) -> RenderableType:
     parts: list[RenderableType] = [
         Text.assemble((status.name, "bold"), f"  {status.where}  ·  {left}"),
         table,
-        *_now(status.now),
+        *(part for now in status.now for part in _now(now)),
+        *([] if status.now else [Text("no stage has run yet")]),
         Text(f"last checkpoint: {status.checkpoint}"),
     ]
     if status.troubles:
@@ -161,9 +162,7 @@ def rendered(status: Status) -> RenderableType:
     return Group(*parts)
 
 
-def _now(now: Now | None) -> list[RenderableType]:
-    if now is None:
-        return [Text("no stage has run yet")]
+def _now(now: Now) -> list[RenderableType]:
     what = f"{VERBS[now.stage]} round {now.round}"
     if now.state == "running" and not now.alive:
         text = f"killed while {what} ({_progress(now)}); the same command carries on from there"

@@ -92,21 +92,31 @@ def test_a_failed_stage_says_why_and_a_killed_one_that_it_is_gone(config: Config
     with working(config.run_dir, 2, "train") as activity:
         activity.progress("steps", 30, 300, 1.0)
         activity.write()
-        now = json.loads((config.run_dir / FILE).read_text())
-        killed = now | {"pid": int(ended.stdout)}
-        (config.run_dir / FILE).write_text(json.dumps(killed))
+        file = config.run_dir / FILE.format(stage="train")
+        killed = json.loads(file.read_text()) | {"pid": int(ended.stdout)}
+        file.write_text(json.dumps(killed))
         assert "killed while training round 2 (30 of 300 steps" in shown(config)
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_the_run(config: Config) -> None:
     with working(config.run_dir, 1, "collect"):
-        now = read_activity(config.run_dir)
-        assert now is not None and now.alive
+        (now,) = read_activity(config.run_dir)
+        assert now.alive
         # This process, but a stage that began before it did: the number was another process's then.
-        before = json.loads((config.run_dir / FILE).read_text()) | {"begun": now.begun - 10**6}
-        (config.run_dir / FILE).write_text(json.dumps(before))
-        read = read_activity(config.run_dir)
-        assert read is not None and not read.alive
+        file = config.run_dir / FILE.format(stage="collect")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"begun": now.begun - 10**6}))
+        (read,) = read_activity(config.run_dir)
+        assert not read.alive
+
+
+def test_stages_at_work_together_are_all_shown(config: Config) -> None:
+    with working(config.run_dir, 1, "collect"), working(config.run_dir, 1, "train"):
+        text = shown(config)
+        assert "collecting round 1 for" in text and "training round 1 for" in text
+    assert [now.stage for now in read_activity(config.run_dir)] == ["collect"], "the one that ended last"
+    with working(config.run_dir, 1, "evaluate"):
+        assert "evaluating round 1 for" in shown(config)
+    assert not list(config.run_dir.glob(FILE.format(stage="[ct]*"))), "what is over is forgotten"
 
 
 def test_only_the_last_troubles_are_shown(config: Config) -> None:

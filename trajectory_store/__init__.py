@@ -19,14 +19,16 @@ from trajectory_store.errors import (
 from trajectory_store.feed import FeedStep, Position, TrajectoryFeed
 from trajectory_store.follow import FollowPosition, FollowStep, RoundFollower
 from trajectory_store.manifest import Manifest, ShardEntry
-from trajectory_store.order import balanced_shares, global_order, step_bounds
+from trajectory_store.order import balanced_shares, global_order, order_windows, step_bounds
 from trajectory_store.provenance import Provenance
 from trajectory_store.reader import TrajectoryReader
+from trajectory_store.rows import ArrivingRows, SealedRows, WaitInterruptedError
 from trajectory_store.store import Round, TrajectoryStore
 from trajectory_store.trajectory import Trajectory
 from trajectory_store.writer import TrajectoryWriter
 
 __all__ = [
+    "ArrivingRows",
     "CorruptShardError",
     "FeedStep",
     "FollowPosition",
@@ -44,6 +46,7 @@ __all__ = [
     "RoundNotSealedError",
     "RoundSealedError",
     "SchemaVersionError",
+    "SealedRows",
     "ShardEntry",
     "StoreError",
     "StoreUnavailableError",
@@ -52,7 +55,9 @@ __all__ = [
     "TrajectoryReader",
     "TrajectoryStore",
     "TrajectoryWriter",
+    "WaitInterruptedError",
     "balanced_shares",
     "global_order",
+    "order_windows",
     "step_bounds",
 ]

@@ -7,8 +7,7 @@ found by its prompt id.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +16,7 @@ from pyarrow import ipc
 from trajectory_store.checksums import column_checksums, damaged_column
 from trajectory_store.errors import CorruptShardError, InvalidNameError, MissingShardError
 from trajectory_store.manifest import RowIndex
-from trajectory_store.schema import SUMMARY_COLUMNS
-from trajectory_store.shard import ShardFile
+from trajectory_store.placed import Place, rows_of
 from trajectory_store.store import Round
 
 ENTRY_SCHEMA = pa.schema(
@@ -32,17 +30,6 @@ ENTRY_SCHEMA = pa.schema(
 )
 SEALED_ENTRY_ROWS = 1 << 16
 """Most rows in an entry made from a sealed round's index, which may list millions."""
-
-
-class Place(NamedTuple):
-    """A row of the recorded order."""
-
-    prompt_id: str
-    tokens: int
-    """Prompt and response tokens."""
-    shard: str
-    batch: int
-    row: int
 
 
 class CommitOrder:
@@ -101,7 +88,7 @@ class CommitOrder:
             if shard in self._looked_at:
                 continue
             try:
-                rows = list(_rows_of(self._round, shard))
+                rows = list(rows_of(self._round, shard))
             except MissingShardError:  # withdrawn, or compacted since the round was looked at
                 continue
             for place in rows:
@@ -124,15 +111,6 @@ class CommitOrder:
             Place(ids[i], int(tokens[i]), shards[index.shards[i]], int(index.batches[i]), int(index.rows[i]))
             for i, _ in zip(unseen, range(SEALED_ENTRY_ROWS), strict=False)
         ]
-
-
-def _rows_of(round_: Round, shard: str) -> Iterator[Place]:
-    file = ShardFile(round_.folder, shard, SUMMARY_COLUMNS)
-    for number in range(file.batches):
-        batch = file.read_batch(number)
-        tokens = (batch["prompt_tokens"].to_numpy().astype(np.int64) + batch["response_tokens"].to_numpy()).tolist()
-        for row, prompt_id in enumerate(batch["prompt_id"].to_pylist()):
-            yield Place(prompt_id, tokens[row], shard, number, row)
 
 
 def _encoded(places: Sequence[Place], number: int) -> pa.Buffer:

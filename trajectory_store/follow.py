@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,18 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from trajectory_store.commit_order import CommitOrder, Place
+from trajectory_store.commit_order import CommitOrder
 from trajectory_store.errors import MissingShardError, StoreError
 from trajectory_store.order import balanced_shares
+from trajectory_store.placed import Place, PlacedRows
 from trajectory_store.prefetch import ReadingAhead
 from trajectory_store.reader import TrajectoryReader
-from trajectory_store.schema import RowBatch
-from trajectory_store.shard import ShardFile
 from trajectory_store.store import Round
 from trajectory_store.trajectory import Trajectory
-
-KEPT_BATCHES = 8
-"""Decoded record batches kept; rows are read nearly in the order they lie in."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ class RoundFollower(ReadingAhead[FollowStep]):
         self._rank, self._world_size = rank, world_size
         self._start = position or FollowPosition(name, 0, "")
         self._poll_s, self._timeout_s = poll_s, timeout_s
-        self._batches: OrderedDict[tuple[str, int], RowBatch] = OrderedDict()
+        self._placed = PlacedRows(round_)
         self._compacted: TrajectoryReader | None = None
 
     def _jobs(self, stop: threading.Event) -> Iterator[Callable[[], FollowStep]]:
@@ -136,15 +131,10 @@ class RoundFollower(ReadingAhead[FollowStep]):
         return FollowStep(tuple(self._row(place) for place in places), position)
 
     def _row(self, place: Place) -> Trajectory:
-        key = (place.shard, place.batch)
-        if key not in self._batches:
-            try:
-                self._batches[key] = RowBatch(ShardFile(self._round.folder, place.shard).read_batch(place.batch))
-            except MissingShardError:
-                return self._moved(place)
-            if len(self._batches) > KEPT_BATCHES:
-                self._batches.popitem(last=False)
-        return self._batches[key][place.row]
+        try:
+            return self._placed.read(place.shard, place.batch, place.row)
+        except MissingShardError:
+            return self._moved(place)
 
     def _moved(self, place: Place) -> Trajectory:
         """A row of a shard that is gone: compacted, once the round was sealed."""

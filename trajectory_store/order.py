@@ -23,6 +23,12 @@ def global_order(count: int, seed: int, epoch: int) -> Rows:
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
 
+def order_windows(count: int, seed: int, epoch: int, window: int) -> Iterator[Rows]:
+    """The global order in pieces of `window` rows: what is packed together, and what a follower waits for together."""
+    order = global_order(count, seed, epoch)
+    return (order[begin : begin + window] for begin in range(0, count, window))
+
+
 def step_bounds(
     lengths: npt.NDArray[np.integer], *, samples: int | None = None, tokens: int | None = None, start: int = 0
 ) -> Iterator[tuple[int, int]]:

@@ -68,6 +68,8 @@ class Round:
     number: int
     _known_ids: dict[str, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
     """Prompt ids of shards read before: a shard never changes, so asking again reads only new ones."""
+    _known_rejects: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
+    """Prompt id and reason by file; a reject never changes either."""
 
     def writer(
         self,
@@ -124,16 +126,16 @@ class Round:
         """Reason by prompt id for every prompt given up on."""
         folder = self.folder.child(REJECTS_FOLDER)
         names = sorted(name for name in folder.entries() if name.endswith(".json") and not name.startswith("."))
+        unknown = [name for name in names if name not in self._known_rejects]
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            contents = list(pool.map(lambda name: bytes(folder.read(name)), names))
-        rejects = {}
-        for name, content in zip(names, contents, strict=True):
+            contents = list(pool.map(lambda name: bytes(folder.read(name)), unknown))
+        for name, content in zip(unknown, contents, strict=True):
             try:
                 record = json.loads(content)
-                rejects[str(record["prompt_id"])] = str(record["reason"])
+                self._known_rejects[name] = (str(record["prompt_id"]), str(record["reason"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise CorruptShardError(f"{folder.path_of(name)} is not a readable reject record ({error})") from error
-        return rejects
+        return dict(self._known_rejects[name] for name in names)
 
     def committed_ids(self) -> set[str]:
         """Prompt ids in all published shards, sealed or not; reads the id columns only.

@@ -6,18 +6,22 @@ the same call carries on after any interruption.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
 from transformers import AutoConfig
 
 from jf_cluster import __version__
+from jf_cluster.collect.crew import Crew
 from jf_cluster.collect.dispatch import Dispatcher, Done, GivenUp, Lost
 from jf_cluster.collect.prompts import Prompt, load_prompts, unusable
 from jf_cluster.collect.worker import Collector, Counts
@@ -26,7 +30,7 @@ from jf_cluster.evaluate.graders.sandbox import SandboxError
 from jf_cluster.models import ModelError, load_tokenizer, model_hash, resolve, tokenizer_hash
 from jf_cluster.progress import meter
 from jf_cluster.tracking import StageRun, Tracker
-from trajectory_store import Manifest, Provenance, Round, StoreError, TrajectoryStore
+from trajectory_store import Manifest, Provenance, Round, StoreError, TrajectoryStore, order_windows
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +41,52 @@ class CollectError(RuntimeError):
     """A round that cannot be collected; the message says why."""
 
 
+@dataclass(frozen=True)
+class Undertaking:
+    """A round that is to be collected: where, from which prompts, and what its trajectories have in common."""
+
+    folder: Round
+    prompts: list[Prompt]
+    provenance: Provenance
+
+    @classmethod
+    def of(cls, config: Config, round_number: int) -> Undertaking:
+        """What collecting round ``round_number`` is to bring.
+
+        Raises:
+            PromptsError: the prompts cannot be had.
+            ModelError: model ``round_number - 1`` or the tokenizer is missing.
+        """
+        tokenizer = load_tokenizer(config)
+        provenance = Provenance(
+            model_hash=model_hash(config.model_dir(round_number - 1)),
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            block_size=config.collect.block_size_of(round_number),
+            seed=config.seed,
+            round_number=round_number,
+            code_version=__version__,
+            config=config.model_dump(mode="json"),
+        )
+        folder = TrajectoryStore(config.store_url).round(round_number)
+        return cls(folder, load_prompts(config, tokenizer, round_number), provenance)
+
+
 def collect_round(
-    config: Config, round_number: int, tracker: Tracker, worker_class: type[Collector] = Collector
+    config: Config,
+    round_number: int,
+    tracker: Tracker,
+    worker_class: type[Collector] = Collector,
+    crew: Crew | None = None,
+    undertaking: Undertaking | None = None,
+    stop: threading.Event | None = None,
 ) -> Manifest:
     """Collect and seal round ``round_number`` with model ``round_number - 1``, from where an earlier attempt stopped.
 
     Args:
-        worker_class: the class of the Ray actors that decode.
+        worker_class: the job of the processes that decode.
+        crew: these processes; by default new ones that end with the round.
+        undertaking: what there is to do, where it is known already.
+        stop: set by another thread to interrupt the work as Ctrl-C does.
 
     Raises:
         PromptsError: the prompts cannot be had.
@@ -53,24 +96,15 @@ def collect_round(
     folder = TrajectoryStore(config.store_url).round(round_number)
     if folder.is_sealed:
         return folder.manifest
-    tokenizer = load_tokenizer(config)
-    provenance = Provenance(
-        model_hash=model_hash(config.model_dir(round_number - 1)),
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        block_size=config.collect.block_size_of(round_number),
-        seed=config.seed,
-        round_number=round_number,
-        code_version=__version__,
-        config=config.model_dump(mode="json"),
-    )
-    prompts = load_prompts(config, tokenizer, round_number)
-    with tracker.stage(round_number, "collect") as stage:
+    undertaking = undertaking or Undertaking.of(config, round_number)
+    prompts, provenance = undertaking.prompts, undertaking.provenance
+    with tracker.stage(round_number, "collect") as stage, Crew.given_or_own(crew, config) as hosts:
         stage.tags({"model_hash": provenance.model_hash, "store": config.store_url})
         stage.params(
             {"block_size": provenance.block_size, "prompts": len(prompts), "responses": config.collect.responses}
         )
         summary = Summary(config.run_dir / "collecting" / f"round-{round_number:03d}.json")
-        _work(config, round_number, prompts, folder, provenance, summary, stage, worker_class)
+        _work(config, undertaking, summary, stage, hosts, worker_class, stop)
         if not folder.committed_ids():
             reasons = sorted(set(folder.rejects().values()))[:3]
             raise CollectError(
@@ -97,15 +131,16 @@ def collect_round(
 
 def _work(
     config: Config,
-    round_number: int,
-    prompts: Sequence[Prompt],
-    folder: Round,
-    provenance: Provenance,
+    undertaking: Undertaking,
     summary: Summary,
     stage: StageRun,
+    crew: Crew,
     worker_class: type[Collector],
+    stop: threading.Event | None,
 ) -> None:
     """Bring every prompt of the round to a committed trajectory or a reject."""
+    folder, prompts, provenance = undertaking.folder, undertaking.prompts, undertaking.provenance
+    round_number = provenance.round_number
     context = context_tokens(config)
     done = folder.committed_ids() | folder.rejects().keys()
     left = [p for p in prompts if p.prompt_id not in done]
@@ -124,15 +159,15 @@ def _work(
     if not usable:
         return
     attempt = uuid.uuid4().hex[:8]
-    remote = ray.remote(num_cpus=config.collect.cpus_per_worker, num_gpus=config.collect.gpus_per_worker)(worker_class)
-    starts = [0]
+    starts = itertools.count(1)
 
-    def start(number: int) -> ray.actor.ActorHandle:
-        starts[0] += 1
-        return remote.remote(config, round_number, provenance, f"{attempt}.{number}.{starts[0]}")
+    def start(number: int) -> tuple[ActorHandle, ObjectRef]:
+        return crew.start(worker_class, config, round_number, provenance, f"{attempt}.{number}.{next(starts)}")
 
     dispatcher: Dispatcher[Prompt, Counts] = Dispatcher(
         start,
+        rest=crew.rest,
+        stop=stop,
         workers=config.collect.workers,
         timeout_s=config.collect.batch_timeout_s,
         max_attempts=config.collect.max_attempts,
@@ -143,7 +178,7 @@ def _work(
     begun = time.monotonic()
     with meter(f"round {round_number} prompts", len(prompts), len(prompts) - len(usable), stage.progress) as progress:
         try:
-            for event in dispatcher.run(batches_by_length(usable, config.collect.batch_prompts)):
+            for event in dispatcher.run(_batches(config, prompts, usable)):
                 match event:
                     case Done(items, counts):
                         total += counts
@@ -152,6 +187,8 @@ def _work(
                         if time.monotonic() - logged_at > METRICS_EVERY_S:
                             logged_at = time.monotonic()
                             stage.metrics(_metrics(total, rate, troubles, progress.done), step=progress.done)
+                    case GivenUp(prompt, _) if prompt.prompt_id in folder.committed_ids():
+                        progress.advance(1)  # its worker died after it was safe, before it could say so
                     case GivenUp(prompt, reason):
                         folder.reject(prompt.prompt_id, reason)
                         troubles.rejects += 1
@@ -165,6 +202,18 @@ def _work(
             summary.add(time.monotonic() - begun, total, troubles)
     rate = total.response_tokens / (time.monotonic() - begun)
     stage.metrics(_metrics(total, rate, troubles, progress.done), progress.done)
+
+
+def _batches(config: Config, prompts: Sequence[Prompt], usable: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+    """Batches of the usable prompts; for a trainer that follows, in the pieces that it takes them in."""
+    size = config.collect.batch_prompts
+    if config.overlap == "alternate":
+        yield from batches_by_length(usable, size)
+        return
+    by_id = {p.prompt_id: p for p in usable}
+    ids = sorted(p.prompt_id for p in prompts)  # a prompt's place among them is its row in the round
+    for rows in order_windows(len(ids), config.seed, 0, config.train.packing_rows):
+        yield from batches_by_length([by_id[ids[row]] for row in rows if ids[row] in by_id], size)
 
 
 def batches_by_length(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:

@@ -1,6 +1,6 @@
 """Work for Ray actors: batches given out one at a time, workers that die or hang replaced, bad items isolated.
 
-Nothing here knows what a batch is for. A worker is any actor class with ``run(batch) -> Report`` and ``finish() ->
+Nothing here knows what a batch is for. A worker is any actor with ``run(batch) -> Report`` and ``finish() ->
 list[id]``; a report names the items whose results are safe on disk, and only those are counted as done, so whatever a
 dead worker still held in memory is given out again.
 
@@ -12,6 +12,7 @@ given up with its last reason. Items that merely shared the batch are redone in 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,26 +103,32 @@ class _Slot(Generic[T]):
 
 
 class Dispatcher(Generic[T, R]):
-    """Gives batches to ``workers`` actors made by ``start(number)`` and yields what happened.
+    """Gives batches to ``workers`` actors and yields what happened.
 
     Args:
-        start: makes the actor of a place; called again when that place's worker died.
+        start: called with the number of a place, gives its actor and a task that ends when the actor is ready; called
+            again when that place's worker died.
+        rest: takes over actors that have nothing left to do; without it they are killed, as are those that failed.
+        stop: set by another thread to end the run as if it were interrupted.
         timeout_s: a batch that takes longer is taken away, its worker is killed and replaced.
-        start_timeout_s: a worker must answer ``ready()`` within this time.
+        start_timeout_s: a worker must be ready within this time.
         fatal: exception classes that, raised inside a worker, end the run instead of counting against a batch.
     """
 
     def __init__(
         self,
-        start: Callable[[int], ActorHandle],
+        start: Callable[[int], tuple[ActorHandle, ray.ObjectRef]],
         *,
+        rest: Callable[[ActorHandle], None] = ray.kill,
+        stop: threading.Event | None = None,
         workers: int,
         timeout_s: float,
         max_attempts: int,
         start_timeout_s: float = 900.0,
         fatal: tuple[type[BaseException], ...] = (),
     ) -> None:
-        self._start = start
+        self._start, self._rest = start, rest
+        self._stop = stop or threading.Event()
         self._workers = workers
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
@@ -143,6 +150,8 @@ class Dispatcher(Generic[T, R]):
         self._slots = [self._place(number) for number in range(min(self._workers, len(self._queue)))]
         try:
             while self._queue or any(slot.batch or slot.held for slot in self._slots):
+                if self._stop.is_set():
+                    raise KeyboardInterrupt
                 for slot in self._slots:
                     if slot.idle:
                         self._give(slot)
@@ -159,7 +168,7 @@ class Dispatcher(Generic[T, R]):
             raise
         finally:
             for slot in self._slots:
-                ray.kill(slot.actor)
+                (self._rest if slot.idle else ray.kill)(slot.actor)
 
     def _save(self) -> None:
         """Have workers put on disk what they hold, before they are killed because the run was interrupted."""
@@ -168,8 +177,8 @@ class Dispatcher(Generic[T, R]):
             ray.wait(tasks, num_returns=len(tasks), timeout=SAVE_S)
 
     def _place(self, number: int) -> _Slot[T]:
-        actor = self._start(number)
-        return _Slot(number, actor, actor.ready.remote(), time.monotonic())
+        actor, ready = self._start(number)
+        return _Slot(number, actor, ready, time.monotonic())
 
     def _give(self, slot: _Slot[T]) -> None:
         if self._queue:

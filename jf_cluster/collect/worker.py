@@ -1,4 +1,4 @@
-"""The Ray actor that collects: prompts in, responses and their Jacobi trajectories into the store.
+"""The job of collecting: prompts in, responses and their Jacobi trajectories into the store.
 
 Each worker holds the newest model (and the base, where that one writes the responses), and a store writer of its own,
 so workers never wait for each other and trajectories never travel through Ray.
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
+from jf_cluster.collect.crew import WorkerModels
 from jf_cluster.collect.dispatch import Report
 from jf_cluster.collect.prompts import Prompt
 from jf_cluster.config import Config
@@ -21,7 +21,7 @@ from jf_cluster.evaluate.graders import grade
 from jf_cluster.jacobi.responses import Response, generate_responses
 from jf_cluster.jacobi.sampling import Sampling, prompt_key
 from jf_cluster.jacobi.trajectories import trace
-from jf_cluster.models import end_ids, load_model, load_tokenizer, use_cpu
+from jf_cluster.models import end_ids, load_tokenizer
 from trajectory_store import Provenance, Trajectory, TrajectoryStore
 
 
@@ -47,24 +47,25 @@ class Counts:
 
 
 class Collector:
-    """Decodes batches of prompts and commits their trajectories; the ``Worker`` of jf_cluster.collect.dispatch.
+    """Decodes batches of prompts and commits their trajectories; a job of jf_cluster.collect.crew.
 
     Args:
         round_number: r; trajectories are those of model r-1.
+        provenance: names that model by its hash.
         writer_id: names this worker's shards.
+
+    Raises:
+        ModelError: model r-1 is missing or another one than ``provenance`` names.
     """
 
-    def __init__(self, config: Config, round_number: int, provenance: Provenance, writer_id: str) -> None:
-        # Ray gives a worker its share of the cores and torch would take them all.
-        use_cpu(config.collect.cpus_per_worker)
-        device = "cuda" if config.collect.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
+    def __init__(
+        self, config: Config, round_number: int, provenance: Provenance, writer_id: str, models: WorkerModels
+    ) -> None:
         self.config = config
         self.round_number = round_number
         self.tokenizer = load_tokenizer(config)
-        self.model = load_model(config, round_number - 1, device)
-        self.base = self.model
-        if round_number > 1 and config.collect.responses != "self":
-            self.base = load_model(config, 0, device)
+        self.model = models.of_round(round_number - 1, provenance.model_hash)
+        self.base = self.model if config.collect.responses == "self" else models.base()
         self.end_ids = end_ids(self.base, self.tokenizer)
         store = TrajectoryStore(config.store_url)
         self.earlier = _answered_by_base(config, store, round_number)
@@ -77,9 +78,6 @@ class Collector:
         self.writer.__enter__()
         self.uncommitted: list[str] = []
         self.committed_at = time.monotonic()
-
-    def ready(self) -> None:
-        """Return once the models are loaded."""
 
     def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
         """Decode a batch; its rows are committed now or, to keep shards large, with a later batch."""

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from jf_cluster.collect.collecting import batches_by_length, context_tokens
+from jf_cluster.collect.crew import Crew
 from jf_cluster.collect.dispatch import Dispatcher, Done, GivenUp, Lost
 from jf_cluster.collect.prompts import Prompt, unusable
 from jf_cluster.config import Config
@@ -29,10 +30,13 @@ from jf_cluster.tracking import StageRun, Tracker
 logger = logging.getLogger(__name__)
 
 
-def evaluate_round(config: Config, round_number: int, tracker: Tracker) -> Evaluation:
+def evaluate_round(config: Config, round_number: int, tracker: Tracker, crew: Crew | None = None) -> Evaluation:
     """Evaluate model ``round_number`` on the configured task, once; later calls give the stored result.
 
     The base's evaluation must exist before any other round's: agreement is measured against it.
+
+    Args:
+        crew: the processes that decode; by default new ones that end with the evaluation.
 
     Raises:
         PromptsError: the task's prompts cannot be had.
@@ -61,10 +65,10 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker) -> Evalu
         "evaluating model %d on %d prompts of %s in modes %s",
         *(round_number, len(prompts), config.evaluate.task, ", ".join(MODES)),
     )
-    with tracker.stage(round_number, "evaluate") as stage:
-        answers = _answers(config, round_number, prompts, stage)
+    with tracker.stage(round_number, "evaluate") as stage, Crew.given_or_own(crew, config) as hosts:
+        answers = _answers(config, round_number, prompts, stage, hosts)
         answered = [p for p in prompts if p.prompt_id in answers.ar]
-        speeds = _speeds(config, round_number, answered)
+        speeds = _speeds(config, round_number, answered, hosts)
         found = evaluation(
             *(config, round_number, answered, answers, speeds, base),
             rejected=len(asked) - len(answered),
@@ -90,11 +94,11 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker) -> Evalu
     return found
 
 
-def _answers(config: Config, round_number: int, prompts: Sequence[Prompt], stage: StageRun) -> Answers:
+def _answers(config: Config, round_number: int, prompts: Sequence[Prompt], stage: StageRun, crew: Crew) -> Answers:
     """Decode all prompts in every mode on the workers; prompts given up on are missing from the result."""
-    remote = ray.remote(num_cpus=config.collect.cpus_per_worker, num_gpus=config.collect.gpus_per_worker)(Evaluator)
     dispatcher: Dispatcher[Prompt, Answered] = Dispatcher(
-        lambda _: remote.remote(config, round_number),
+        lambda _: crew.start(Evaluator, config, round_number),
+        rest=crew.rest,
         workers=config.collect.workers,
         timeout_s=config.collect.batch_timeout_s,
         max_attempts=config.collect.max_attempts,
@@ -117,20 +121,20 @@ def _answers(config: Config, round_number: int, prompts: Sequence[Prompt], stage
     return answers
 
 
-def _speeds(config: Config, round_number: int, prompts: Sequence[Prompt]) -> Speeds:
-    """Measure tokens per second on one worker; the others have ended, so nothing competes with it."""
+def _speeds(config: Config, round_number: int, prompts: Sequence[Prompt], crew: Crew) -> Speeds:
+    """Measure tokens per second on one worker; the others have nothing to do, so nothing competes with it."""
     chosen = sorted(prompts, key=lambda p: p.prompt_id)[: config.evaluate.speed_prompts]
-    remote = ray.remote(num_cpus=config.collect.cpus_per_worker, num_gpus=config.collect.gpus_per_worker)(Evaluator)
     attempts = config.collect.max_attempts
     for attempt in range(1, attempts + 1):
-        actor = remote.remote(config, round_number)
+        host, _ = crew.start(Evaluator, config, round_number)
         try:
-            measured: Speeds = ray.get(actor.speed.remote(chosen), timeout=config.collect.batch_timeout_s)
-            return measured
+            measured: Speeds = ray.get(host.call.remote("speed", chosen), timeout=config.collect.batch_timeout_s)
         except (RayActorError, GetTimeoutError) as error:
             logger.warning("measuring speed failed (%d of %d attempts): %s", attempt, attempts, error)
-        finally:
-            ray.kill(actor)
+            ray.kill(host)
+        else:
+            crew.rest(host)
+            return measured
     raise EvaluateError(f"speed could not be measured: the worker failed {attempts} times")
 
 

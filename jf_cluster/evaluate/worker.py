@@ -1,4 +1,4 @@
-"""The Ray actor that evaluates: prompts decoded in every mode, in batches and one at a time, and graded."""
+"""The job of evaluating: prompts decoded in every mode, in batches and one at a time, and graded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from jf_cluster.collect.crew import WorkerModels
 from jf_cluster.collect.dispatch import Report
 from jf_cluster.collect.prompts import Prompt
 from jf_cluster.config import Config
@@ -20,7 +21,7 @@ from jf_cluster.jacobi.decoding import Generation, generate
 from jf_cluster.jacobi.drafts import Drafting
 from jf_cluster.jacobi.sampling import prompt_key
 from jf_cluster.jacobi.trajectories import trace
-from jf_cluster.models import end_ids, load_model, load_tokenizer, use_cpu
+from jf_cluster.models import end_ids, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,13 @@ class Speeds:
 
 
 class Evaluator:
-    """Decodes prompts with model ``round_number``; a worker of jf_cluster.collect.dispatch."""
+    """Decodes prompts with model ``round_number``; a job of jf_cluster.collect.crew."""
 
-    def __init__(self, config: Config, round_number: int) -> None:
-        use_cpu(config.collect.cpus_per_worker)
-        device = "cuda" if config.collect.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
+    def __init__(self, config: Config, round_number: int, models: WorkerModels) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(config)
-        self.model = load_model(config, round_number, device)
+        self.model = models.of_round(round_number)
         self.end_ids = end_ids(self.model, self.tokenizer)
-
-    def ready(self) -> None:
-        """Return once the model is loaded."""
 
     def run(self, prompts: Sequence[Prompt]) -> Report[Answered]:
         """Decode a batch in every mode and grade it."""

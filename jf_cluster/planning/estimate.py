@@ -93,8 +93,7 @@ def loading_s(config: Config, shape: ModelShape, machines: Machines, assumed: As
 
 def gpus_held(config: Config) -> int:
     """GPUs that a run keeps from the first stage to the last."""
-    collect, train = config.collect, config.train
-    return math.ceil(max(collect.workers * collect.gpus_per_worker, train.workers * train.gpus_per_worker))
+    return math.ceil(config.needs("gpus_per_worker"))
 
 
 def span(seconds: float) -> str:

@@ -1,10 +1,11 @@
-"""What a run is doing right now, in one small file of its directory: all that ``status`` needs beside the outputs.
+"""What a run is doing right now, in a small file for each stage at work: all that ``status`` needs beside the outputs.
 
-The file is replaced in one step, at most once a second, so it may be read at any moment and costs nothing.
+A file is replaced in one step, at most once a second, so it may be read at any moment and costs nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ from typing import Literal
 
 import psutil
 
-FILE = "activity.json"
+FILE = "activity-{stage}.json"
 WRITE_EVERY_S = 1.0
 
 State = Literal["running", "finished", "failed", "interrupted"]
@@ -65,7 +66,7 @@ class Activity:
     """The writing end, held by the stage."""
 
     def __init__(self, run_dir: Path, now: Now) -> None:
-        self._path, self._now, self._written = run_dir / FILE, now, 0.0
+        self._path, self._now, self._written = run_dir / FILE.format(stage=now.stage), now, 0.0
 
     def progress(self, unit: str, done: int, total: int, per_second: float, figures: str = "") -> None:
         """Say how far the stage is."""
@@ -90,6 +91,9 @@ class Activity:
 @contextmanager
 def working(run_dir: Path, round_number: int, stage: str) -> Iterator[Activity]:
     """Say that a stage runs, and in the end how it went."""
+    for earlier in _recorded(run_dir):
+        if not earlier.alive:  # ended, or killed and carried on from now
+            (run_dir / FILE.format(stage=earlier.stage)).unlink()
     began = time.time()
     activity = Activity(
         run_dir, Now(round_number, stage, "running", began, began, pid=os.getpid(), host=socket.gethostname())
@@ -106,7 +110,15 @@ def working(run_dir: Path, round_number: int, stage: str) -> Iterator[Activity]:
     activity.ended("finished")
 
 
-def read_activity(run_dir: Path) -> Now | None:
-    """What the run does or did last; None before its first stage."""
-    path = run_dir / FILE
-    return Now(**json.loads(path.read_text())) if path.is_file() else None
+def read_activity(run_dir: Path) -> list[Now]:
+    """The stages at work, several in pipelined rounds; where there are none the one that ended last, if any."""
+    recorded = sorted(_recorded(run_dir), key=lambda now: now.updated)
+    return [now for now in recorded if now.state == "running"] or recorded[-1:]
+
+
+def _recorded(run_dir: Path) -> list[Now]:
+    found = []
+    for path in sorted(run_dir.glob(FILE.format(stage="*"))):
+        with contextlib.suppress(FileNotFoundError):  # its stage has just been superseded
+            found.append(Now(**json.loads(path.read_text())))
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +23,10 @@ from jf_cluster.jacobi.samples import Noise, build_sample, sample_length
 from jf_cluster.train.plan import MicroBatch, TrainingPlan
 
 if TYPE_CHECKING:
-    from trajectory_store import Trajectory, TrajectoryReader
+    from trajectory_store import ArrivingRows, SealedRows, Trajectory
+
+Wait = Callable[["Future[PlannedStep]"], bool]
+"""Waits for a step's batches together with the other ranks; False when there is to be no such step."""
 
 
 def sample_rng(seed: int, round_number: int, epoch: int, prompt_id: str) -> np.random.Generator:
@@ -44,31 +47,40 @@ class PlannedStep:
 class BatchSource:
     """Builds the micro-batches of one rank, the next step's while the current one is being computed."""
 
-    def __init__(self, reader: TrajectoryReader, config: Config, round_number: int, device: torch.device) -> None:
-        self._reader, self._seed, self._round, self._device = reader, config.seed, round_number, device
+    def __init__(
+        self, rows: SealedRows | ArrivingRows, config: Config, round_number: int, device: torch.device
+    ) -> None:
+        self._rows, self._seed, self._round, self._device = rows, config.seed, round_number, device
         self._noise = Noise(**config.noise.model_dump())
-        self._block_size = reader.manifest.provenance.block_size
 
     def lengths(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Exact tokens of each row's sample in an epoch, int64[R]: what the plan packs by.
+        """Exact tokens of each row's sample in an epoch, int64[R]: what the plan packs by; 0 for prompts given up on.
 
         The draw is keyed, so it can be made ahead and only its length kept; the rows read for it stay in the reader's
         cache for the batches built from them next.
         """
-        return np.array([sample_length(*self._drawn_from(epoch, int(row))) for row in rows], dtype=np.int64)
+        return np.array(
+            [
+                sample_length(*self._drawn_from(epoch, int(row))) if present else 0
+                for row, present in zip(rows, self._rows.present(rows), strict=True)
+            ],
+            dtype=np.int64,
+        )
 
     def _drawn_from(self, epoch: int, row: int) -> tuple[Trajectory, int, Noise, np.random.Generator]:
-        trajectory = self._reader[row]
+        trajectory = self._rows[row]
         rng = sample_rng(self._seed, self._round, epoch, trajectory.prompt_id)
-        return trajectory, self._block_size, self._noise, rng
+        return trajectory, self._rows.provenance.block_size, self._noise, rng
 
     def batch(self, micro_batch: MicroBatch) -> PackedBatch:
         """One packed batch on the device."""
         samples = [build_sample(*self._drawn_from(micro_batch.epoch, row)) for row in micro_batch.rows]
         return collate(samples).to(self._device)
 
-    def steps(self, plan: TrainingPlan, first: int, last: int, rank: int, world_size: int) -> Iterator[PlannedStep]:
-        """Yield steps ``first`` to ``last - 1`` with the batches of ``rank``, one step ahead."""
+    def steps(
+        self, plan: TrainingPlan, first: int, last: int, rank: int, world_size: int, wait: Wait = lambda _: True
+    ) -> Generator[PlannedStep, None, None]:
+        """Yield steps ``first`` to ``last - 1`` with the batches of ``rank``, one step ahead, while ``wait`` agrees."""
 
         def build(step: int) -> PlannedStep:
             share = plan.share(step, rank, world_size)
@@ -76,9 +88,13 @@ class BatchSource:
 
         waiting: deque[Future[PlannedStep]] = deque()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
-            for step in range(first, last):
-                waiting.append(pool.submit(build, step))
-                if len(waiting) > 1:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            try:
+                for following in range(first, last + 1):
+                    if following < last:
+                        waiting.append(pool.submit(build, following))
+                    if following > first:
+                        if not wait(waiting[0]):
+                            return
+                        yield waiting.popleft().result()
+            finally:
+                self._rows.give_up()  # the pool's thread may be waiting for rows nobody wants any more

@@ -7,10 +7,13 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.feather as feather
 import ray.train
 from ray.train.torch import TorchTrainer
 
@@ -24,10 +27,8 @@ from jf_cluster.train.progress import followed
 from jf_cluster.train.rendezvous import RendezvousConfig
 from jf_cluster.train.steps_log import read_steps
 from jf_cluster.train.worker import RankJob, train_rank
-from trajectory_store import TrajectoryStore
-
-if TYPE_CHECKING:
-    from trajectory_store import Manifest
+from trajectory_store import Manifest, Provenance, SealedRows, TrajectoryStore
+from trajectory_store.rows import digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,28 @@ _PLACEMENT = {
 """Training settings that decide where and how safely the weights of each step are computed, not what they become."""
 
 
+_COLLECTED = {"block_size", "max_new_tokens", "responses", "temperature"}
+"""Settings of collecting that decide what the trajectories are."""
+
+
 class TrainingError(RuntimeError):
     """A round that cannot be trained; the message says why and what to do."""
 
 
-def train_round(config: Config, round_number: int, tracker: Tracker) -> None:
-    """Train model ``round_number`` from model ``round_number - 1`` on the sealed round of trajectories.
+@dataclass(frozen=True)
+class Arriving:
+    """A round that is still being collected while it is trained on."""
+
+    provenance: Provenance
+    prompt_ids: Sequence[str]
+    """Of every prompt of the round."""
+    sealed: Callable[[], Manifest]
+    """Waits for the end of the collecting."""
+
+
+def train_round(config: Config, round_number: int, tracker: Tracker, arriving: Arriving | None = None) -> None:
+    """Train model ``round_number`` from model ``round_number - 1`` on a round of trajectories: the sealed one, or the
+    one that is ``arriving``, with the same result.
 
     Writes ``models/round-00r`` (published whole) and ``training/round-00r.json``; resumes from the round's last
     whole checkpoint; does nothing when the model is there already.
@@ -61,7 +78,7 @@ def train_round(config: Config, round_number: int, tracker: Tracker) -> None:
         return
     begun = time.monotonic()
     config = _anchored(config)
-    parent_hash, manifest = _checked_inputs(config, round_number)
+    inputs = _arriving_inputs(config, round_number, arriving) if arriving else _checked_inputs(config, round_number)
     name = target.name
     training, checkpoints = config.run_dir / "training", config.run_dir / "checkpoints" / name
     partial = target.with_name(f".{name}.partial")
@@ -71,31 +88,41 @@ def train_round(config: Config, round_number: int, tracker: Tracker) -> None:
     job = RankJob(
         config_json=config.model_dump_json(),
         round_number=round_number,
-        identity=_identity(config, round_number, parent_hash, manifest),
+        identity=_identity(config, round_number, inputs),
         checkpoints=str(checkpoints),
         steps_log=str(training / f"{name}.steps.jsonl"),
         skips=str(training / f"{name}.skipped.jsonl"),
-        stop=str(training / f"{name}.stop"),
+        stop=str(stop_request(config, round_number)),
         export=str(partial),
+        prompt_ids=_write_ids(arriving, training / f"{name}.prompts.arrow") if arriving else None,
     )
     earlier_s = sum(record.seconds for record in read_steps(Path(job.steps_log)))  # of an interrupted attempt
     with tracker.stage(round_number, "train") as stage, stops_through(Path(job.stop)):
-        stage.tags({"parent_model_hash": parent_hash, "store_hash": manifest.content_hash})
+        stage.tags({"parent_model_hash": inputs.parent_hash})
         stage.params(
             config.train.model_dump(mode="json") | {"learning_rate": config.train.learning_rate_of(round_number)}
         )
         with followed(Path(job.steps_log), config.train.steps, f"train {name}", stage):
             _train_to_the_end(config, job, training / "ray", stage)
-        _write_lineage(config, round_number, parent_hash, manifest, partial)
+        trajectories = inputs.sealed().content_hash
+        stage.tags({"store_hash": trajectories})
+        _write_lineage(config, round_number, inputs.parent_hash, trajectories, partial)
         summary = _write_summary(config, job, training / f"{name}.json", earlier_s + time.monotonic() - begun)
         _publish(partial, target)
         stage.metrics({"train/stage_seconds": float(summary["seconds"])}, step=config.train.steps)
         stage.tags({"model_hash": model_hash(str(target))})
         stage.artifact(training / f"{name}.json")
+    if job.prompt_ids:
+        Path(job.prompt_ids).unlink()
     shutil.rmtree(checkpoints)  # the next round starts from the export; a checkpoint of ZeRO-3 is six times its size
     logger.info(
         "round %d trained: %d steps in %.0f s → %s", round_number, config.train.steps, summary["seconds"], target
     )
+
+
+def stop_request(config: Config, round_number: int) -> Path:
+    """A file that asks the ranks of a round to save and return after the step they are in."""
+    return config.run_dir / "training" / f"{Path(config.model_dir(round_number)).name}.stop"
 
 
 def _anchored(config: Config) -> Config:
@@ -108,28 +135,59 @@ def _anchored(config: Config) -> Config:
     return config.model_copy(update=anchored)
 
 
-def _checked_inputs(config: Config, round_number: int) -> tuple[str, Manifest]:
-    """Content hash of the start model, and the round's manifest after its provenance was checked."""
-    trajectories = TrajectoryStore(config.store_url).round(round_number)
-    manifest = trajectories.manifest
-    parent_hash = model_hash(config.model_dir(round_number - 1))
-    made_by = manifest.provenance.model_hash
-    if made_by != parent_hash:
-        raise TrainingError(
-            f"round {round_number} of {config.store_url} was generated by model {made_by[:12]}…, but training starts "
-            f"from {config.model_dir(round_number - 1)}, which is {parent_hash[:12]}…; collect the round again with "
-            "that model, or point model.path at the model that made it"
-        )
+@dataclass(frozen=True)
+class _Inputs:
+    """What a round is trained from."""
+
+    parent_hash: str
+    """Content hash of the start model."""
+    prompts_digest: str
+    sealed: Callable[[], Manifest]
+
+
+def _checked_inputs(config: Config, round_number: int) -> _Inputs:
+    """The start model and the sealed round, after its provenance was checked."""
+    rows = SealedRows(TrajectoryStore(config.store_url).round(round_number))
+    manifest = rows.reader.manifest
+    parent_hash = _made_by_parent(config, round_number, manifest.provenance)
     if manifest.rows == 0:
         raise TrainingError(f"round {round_number} of {config.store_url} holds no trajectories: nothing to train on")
-    return parent_hash, manifest
+    return _Inputs(parent_hash, rows.prompts_digest(), lambda: manifest)
 
 
-def _identity(config: Config, round_number: int, parent_hash: str, manifest: Manifest) -> str:
-    """Canonical string of everything that shapes the weights: a checkpoint is resumed only under the same."""
+def _arriving_inputs(config: Config, round_number: int, arriving: Arriving) -> _Inputs:
+    parent_hash = _made_by_parent(config, round_number, arriving.provenance)
+    return _Inputs(parent_hash, digest_of(arriving.prompt_ids), arriving.sealed)
+
+
+def _made_by_parent(config: Config, round_number: int, provenance: Provenance) -> str:
+    """Content hash of the start model, which must have made the trajectories."""
+    parent_hash = model_hash(config.model_dir(round_number - 1))
+    if provenance.model_hash != parent_hash:
+        raise TrainingError(
+            f"round {round_number} of {config.store_url} was generated by model {provenance.model_hash[:12]}…, but "
+            f"training starts from {config.model_dir(round_number - 1)}, which is {parent_hash[:12]}…; collect the "
+            "round again with that model, or point model.path at the model that made it"
+        )
+    return parent_hash
+
+
+def _write_ids(arriving: Arriving, path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    feather.write_feather(pa.table({"prompt_id": pa.array(arriving.prompt_ids, pa.large_string())}), str(path))
+    return str(path)
+
+
+def _identity(config: Config, round_number: int, inputs: _Inputs) -> str:
+    """Canonical string of everything that shapes the weights: a checkpoint is resumed only under the same.
+
+    The trajectories follow from the model, the prompts and the settings of collecting, so a round has the same
+    identity before and after it is sealed.
+    """
     parts = {
-        "parent": parent_hash,
-        "trajectories": manifest.content_hash,
+        "parent": inputs.parent_hash,
+        "prompts": inputs.prompts_digest,
+        "collect": config.collect.model_dump(mode="json", include=_COLLECTED),
         "round": round_number,
         "seed": config.seed,
         "dtype": config.model.dtype,
@@ -197,12 +255,12 @@ def _run_ranks(config: Config, job: RankJob, storage: Path) -> None:
     shutil.rmtree(storage, ignore_errors=True)
 
 
-def _write_lineage(config: Config, round_number: int, parent_hash: str, manifest: Manifest, partial: Path) -> None:
+def _write_lineage(config: Config, round_number: int, parent_hash: str, trajectories: str, partial: Path) -> None:
     lineage = {
         "base_model": config.model.path,
         "base_model_hash": model_hash(config.model.base),
         "parent_model_hash": parent_hash,
-        "trajectories_content_hash": manifest.content_hash,
+        "trajectories_content_hash": trajectories,
         "round": round_number,
         "jf_cluster": __version__,
         "config": config.model_dump(mode="json"),

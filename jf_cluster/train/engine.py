@@ -53,6 +53,12 @@ class Group:
         torch.distributed.broadcast_object_list(given, src=0, device=self.device)
         return cast(T, given[0])
 
+    def on_all(self, *facts: bool) -> list[bool]:
+        """Which of some facts hold on every rank; all ranks call this together."""
+        holding = torch.tensor(facts, dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(holding, op=torch.distributed.ReduceOp.MIN)
+        return [bool(fact) for fact in holding.tolist()]
+
 
 def join_group(config: Config) -> Group:
     """Meet the other ranks where `jf_cluster.train.rendezvous` said, on this rank's device."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jf_cluster.jacobi.packing import pack
-from trajectory_store import global_order
+from trajectory_store import order_windows
 
 Lengths = Callable[[int, NDArray[np.int64]], NDArray[np.int64]]
 
@@ -36,8 +36,9 @@ class TrainingPlan:
 
     Args:
         count: N, rows of the round.
-        lengths: called with an epoch and rows, int[R], gives their samples' tokens, int[R]; a pure function, asked for
-            one window of rows at a time and only when the plan comes to it.
+        lengths: called with an epoch and rows, int[R], gives their samples' tokens, int[R], 0 for rows without a
+            sample; a pure function, asked for one window of rows at a time and only when the plan comes to it, so it
+            may wait for rows that are still being collected.
         seed: of the order; the same on every rank.
         token_budget: most tokens in one micro-batch; a longer sample has a micro-batch to itself.
         micro_batches_per_step: G, over all ranks.
@@ -102,13 +103,18 @@ class TrainingPlan:
 
     def _packed(self) -> Iterator[MicroBatch]:
         count, epoch = self._count, 0
+        never = {row for _, rows in self._left_out for row in rows}
         while True:
-            order = global_order(count, self._seed, epoch)
-            for number, begin in enumerate(range(0, count, self._window)):
-                rows = order[begin : begin + self._window]
-                packed = pack(self._lengths(epoch, rows).tolist(), self._budget)
+            found = False
+            for number, rows in enumerate(order_windows(count, self._seed, epoch, self._window)):
+                lengths = self._lengths(epoch, rows)
+                rows, lengths = rows[lengths > 0], lengths[lengths > 0]
+                found = found or not never.issuperset(rows.tolist())
+                packed = pack(lengths.tolist(), self._budget)
                 # Packing sorts by length; without a shuffle every window would run from long samples to short ones.
                 mixed = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch, number))))
                 for k in mixed.permutation(len(packed)):
                     yield MicroBatch(epoch, tuple(int(rows[i]) for i in packed[k]))
+            if not found:
+                raise ValueError("a plan needs at least one sample")
             epoch += 1

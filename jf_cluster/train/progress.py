@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from jf_cluster.progress import bars
 from jf_cluster.tracking import StageRun
 from jf_cluster.train.steps_log import StepRecord, StepsFollower
 
@@ -27,22 +25,11 @@ class _Follower:
         self._follower = StepsFollower(path)
         # About 200 points a curve: more makes MLflow slow and shows nothing.
         self._every = max(1, steps // 200)
-        self._console = Console(stderr=True)
         self._said = 0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
 
     def run(self, title: str, stop: threading.Event) -> None:
-        with self._bar:
-            task = self._bar.add_task(title, total=self._steps, figures="starting ranks")
+        with bars() as bar:
+            task = bar.add_task(title, total=self._steps, figures="starting ranks") if bar else None
             ended = False
             while not ended:
                 ended = stop.wait(POLL_S)
@@ -55,8 +42,9 @@ class _Follower:
                 if last is not None:
                     figures = _FIGURES.format(**asdict(last), rate=last.tokens / last.seconds)
                     self._stage.progress("steps", last.step, self._steps, 1 / last.seconds, figures)
-                    self._bar.update(task, completed=last.step, figures=figures)
-                    if not self._console.is_terminal and last.step * 10 // self._steps > self._said:
+                    if bar and task is not None:
+                        bar.update(task, completed=last.step, figures=figures)
+                    elif last.step * 10 // self._steps > self._said:
                         self._said = last.step * 10 // self._steps  # a log file gets ten lines instead of a bar
                         logger.info("%s: step %d of %d, %s", title, last.step, self._steps, figures)
 

@@ -12,6 +12,7 @@ import os
 import time
 import warnings
 from collections import deque
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +22,20 @@ from jf_cluster.train.guard import NORMS, Guard, Skip, read_skips, record_skip
 from jf_cluster.train.steps_log import StepRecord, StepsLog, read_steps
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from deepspeed import DeepSpeedEngine
 
     from jf_cluster.train.batches import PlannedStep
     from jf_cluster.train.checkpoints import Checkpoint
     from jf_cluster.train.engine import Group
     from jf_cluster.train.step import StepResult
-    from trajectory_store import TrajectoryReader
+    from trajectory_store import ArrivingRows, SealedRows
 
 logger = logging.getLogger(__name__)
+
+WAIT_S = 0.2
+"""Time between the ranks' looks at whether trajectories that are still collected are there."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class RankJob:
     stop: str
     """A file that asks the ranks to save and return after the step they are in."""
     export: str
+    prompt_ids: str | None = None
+    """A file with the ids of the round's prompts, where the round may still be written; without it, it is sealed."""
 
 
 @dataclass(frozen=True)
@@ -140,57 +148,89 @@ def _steps(job: RankJob, config: Config, group: Group, ranks: DeepSpeedEngine, s
     from jf_cluster.train.batches import BatchSource
     from jf_cluster.train.plan import TrainingPlan
     from jf_cluster.train.step import peak_memory_bytes, train_step
-    from trajectory_store import TrajectoryStore
 
     train = config.train
-    reader = TrajectoryStore(config.store_url).round(job.round_number).reader()
-    source = BatchSource(reader, config, job.round_number, group.device)
+    rows = _rows(job, config)
+    source = BatchSource(rows, config, job.round_number, group.device)
     plan = TrainingPlan(
-        len(reader),
+        len(rows),
         source.lengths,
         config.seed,
         train.micro_batch_tokens,
         train.micro_batches_per_step,
+        train.packing_rows,
         left_out=[(skip.step, skip.rows) for skip in start.skips],
     )
     guard = Guard(train.guard.norm_factor, [record.gradient_norm for record in start.done])
     losses = deque((record.loss for record in start.done), maxlen=train.checkpoint_every_steps)
     writer = checkpoints.CheckpointWriter(ranks, Path(job.checkpoints), train.keep_checkpoints)
     log = StepsLog(Path(job.steps_log), start.step) if group.rank == 0 else None
-    complete = False
-    begun = saved = time.perf_counter()
-    planned_steps = source.steps(plan, start.step, train.steps, group.rank, group.world_size)
-    for planned in planned_steps:
-        rate = float(ranks.optimizer.param_groups[0]["lr"])
-        # Dropout, where a model has any, repeats after a restart.
-        torch.manual_seed(config.seed * 1_000_003 + planned.step)
-        result = train_step(ranks, planned.batches, train.ar_weight)
-        writer.settle()
-        step = planned.step + 1
-        reason = guard.trouble(result.loss, result.gradient_norm)
-        if reason:
-            planned_steps.close()  # the reader is this thread's again
-            _leave_out(job, group, reader, planned, result, reason)
-            break
-        losses.append(result.loss)
-        now = time.perf_counter()
-        if log:
-            log.append(_record(planned, result, rate, config, now - begun, peak_memory_bytes(group.device)))
-        overdue = 0 < train.checkpoint_every_s <= now - saved
-        stops, saves = group.from_first((Path(job.stop).exists(), overdue) if group.rank == 0 else None)
-        if stops or saves or step % train.checkpoint_every_steps == 0 or step == train.steps:
-            loss = sum(losses) / len(losses)
-            writer.save(checkpoints.Checkpoint(step, group.world_size, job.identity, loss))
-            saved = time.perf_counter()
-        if stops:
-            break
-        begun = time.perf_counter()
-    else:
-        complete = True
+    done = saved = start.step
+    stops = False
+    begun = saved_at = time.perf_counter()
+
+    def waits(batches: Future[PlannedStep]) -> bool:
+        """Wait for a step's batches on all ranks, or for a request to stop, which all ranks follow together."""
+        nonlocal stops
+        there = job.prompt_ids is None
+        while not (there or stops):
+            asked = group.rank == 0 and Path(job.stop).exists()
+            there, going = group.on_all(batches.done(), not asked)
+            stops = not (there or going)
+            if not (there or stops):
+                time.sleep(WAIT_S)
+        return there
+
+    def save() -> None:
+        nonlocal saved, saved_at
+        loss = sum(losses) / len(losses)
+        writer.save(checkpoints.Checkpoint(done, group.world_size, job.identity, loss))
+        saved, saved_at = done, time.perf_counter()
+
+    steps = source.steps(plan, start.step, train.steps, group.rank, group.world_size, waits)
+    with closing(steps) as planned_steps:
+        for planned in planned_steps:
+            rate = float(ranks.optimizer.param_groups[0]["lr"])
+            # Dropout, where a model has any, repeats after a restart.
+            torch.manual_seed(config.seed * 1_000_003 + planned.step)
+            result = train_step(ranks, planned.batches, train.ar_weight)
+            writer.settle()
+            reason = guard.trouble(result.loss, result.gradient_norm)
+            if reason:
+                planned_steps.close()  # the rows are this thread's again
+                _leave_out(job, group, rows, planned, result, reason)
+                break
+            done = planned.step + 1
+            losses.append(result.loss)
+            now = time.perf_counter()
+            if log:
+                log.append(_record(planned, result, rate, config, now - begun, peak_memory_bytes(group.device)))
+            overdue = 0 < train.checkpoint_every_s <= now - saved_at
+            stops, saves = group.from_first((Path(job.stop).exists(), overdue) if group.rank == 0 else None)
+            if stops or saves or done % train.checkpoint_every_steps == 0 or done == train.steps:
+                save()
+            if stops:
+                break
+            begun = time.perf_counter()
+    if stops and saved < done:
+        save()
     writer.close()
     if log:
         log.close()
-    return complete and _is_wanted(job, config, group)
+    return done == train.steps and not stops and _is_wanted(job, config, group)
+
+
+def _rows(job: RankJob, config: Config) -> SealedRows | ArrivingRows:
+    """The round's rows, sealed or to be waited for."""
+    import pyarrow.feather as feather
+
+    from trajectory_store import ArrivingRows, SealedRows, TrajectoryStore
+
+    round_ = TrajectoryStore(config.store_url).round(job.round_number)
+    if job.prompt_ids is None:
+        return SealedRows(round_)
+    prompt_ids = feather.read_table(job.prompt_ids)["prompt_id"].to_pylist()
+    return ArrivingRows(round_, prompt_ids)
 
 
 def _is_wanted(job: RankJob, config: Config, group: Group) -> bool:
@@ -204,7 +244,12 @@ def _is_wanted(job: RankJob, config: Config, group: Group) -> bool:
 
 
 def _leave_out(
-    job: RankJob, group: Group, reader: TrajectoryReader, planned: PlannedStep, result: StepResult, reason: str
+    job: RankJob,
+    group: Group,
+    trajectories: SealedRows | ArrivingRows,
+    planned: PlannedStep,
+    result: StepResult,
+    reason: str,
 ) -> None:
     """Record what spoilt a step: the micro-batches whose own loss is not finite, or all where only their sum tells."""
     import torch
@@ -216,7 +261,7 @@ def _leave_out(
     if group.rank == 0:
         marked = [m for m, mark in zip(planned.micro_batches, marks.tolist(), strict=True) if mark]
         rows = tuple(sorted({row for m in marked or planned.micro_batches for row in m.rows}))
-        prompt_ids = tuple(reader[row].prompt_id for row in rows)
+        prompt_ids = tuple(trajectories[row].prompt_id for row in rows)
         record_skip(Path(job.skips), Skip(job.identity, planned.step, reason, rows, prompt_ids))
         logger.warning("step %d: %s; %d samples are left out from now on", planned.step + 1, reason, len(rows))
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+from jf_cluster.collect.crew import WorkerModels
 from jf_cluster.collect.prompts import Prompt, load_prompts
 from jf_cluster.collect.worker import Collector
 from jf_cluster.config import TINY_BASE
 from jf_cluster.jacobi.responses import Response
-from jf_cluster.models import load_tokenizer
+from jf_cluster.models import load_tokenizer, model_hash
 from tests.flow.conftest import small_config
 from trajectory_store import Provenance
 
@@ -24,9 +25,15 @@ def test_the_base_writes_what_the_model_gets_wrong(tmp_path: Path, monkeypatch: 
     config = small_config(tmp_path, TINY_BASE, **changes)
     shutil.copytree(TINY_BASE, config.model_dir(1))  # the shipped model, which is nearly always right
     provenance = Provenance(
-        model_hash="x", tokenizer_hash="x", block_size=8, seed=0, round_number=2, code_version="0", config={}
+        model_hash=model_hash(config.model_dir(1)),
+        tokenizer_hash="x",
+        block_size=8,
+        seed=0,
+        round_number=2,
+        code_version="0",
+        config={},
     )
-    collector = Collector(config, 2, provenance, "writer")
+    collector = Collector(config, 2, provenance, "writer", WorkerModels(config))
     prompts = load_prompts(config, load_tokenizer(config), 2)
     prompts = [replace(p, answer="-1") if n % 2 else p for n, p in enumerate(prompts)]
     asked: dict[bool, list[str]] = {}

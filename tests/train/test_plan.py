@@ -12,7 +12,7 @@ from jf_cluster.config import Config
 from jf_cluster.train.batches import BatchSource
 from jf_cluster.train.plan import MicroBatch, TrainingPlan
 from tests.train.conftest import seal
-from trajectory_store import TrajectoryStore
+from trajectory_store import SealedRows, TrajectoryStore
 
 LENGTHS = np.random.default_rng(0).integers(10, 100, 57)
 
@@ -98,7 +98,7 @@ def test_lengths_are_those_of_the_batches_built_later(configured: Callable[..., 
     config = configured()
     config = config.model_copy(update={"noise": config.noise.model_copy(update={"schedule": "random"})})
     seal(config)
-    reader = TrajectoryStore(config.store_url).round(1).reader()
+    reader = SealedRows(TrajectoryStore(config.store_url).round(1))
     source = BatchSource(reader, config, 1, torch.device("cpu"))
     rows = np.arange(len(reader))
     for epoch in (0, 1):

@@ -41,13 +41,13 @@ def kept_for_backward(config_json: str) -> int:
     from jf_cluster.train import engine
     from jf_cluster.train.batches import BatchSource
     from jf_cluster.train.plan import MicroBatch
-    from trajectory_store import TrajectoryStore
+    from trajectory_store import SealedRows, TrajectoryStore
 
     config = Config.model_validate_json(config_json)
     group = engine.join_group(config)
     try:
         ranks = engine.build_engine(config, 1, group, load_universal=False)
-        source = BatchSource(TrajectoryStore(config.store_url).round(1).reader(), config, 1, group.device)
+        source = BatchSource(SealedRows(TrajectoryStore(config.store_url).round(1)), config, 1, group.device)
         batch = source.batch(MicroBatch(0, (0, 1, 2)))
         sizes: dict[int, int] = {}
 

@@ -1,0 +1,145 @@
+"""Worker processes that outlive a stage: they take up one job after another and new weights without being restarted.
+
+A :class:`Host` is the Ray actor; what it does is a job (a collector, an evaluator) that is put into it and works with
+the host's models. The :class:`Crew` keeps the hosts of a run between stages until they are to leave their machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from transformers import PreTrainedModel
+
+from jf_cluster.collect.dispatch import Report
+from jf_cluster.config import Config
+from jf_cluster.models import ModelError, load_model, model_hash, reload_weights, use_cpu
+
+
+class Job(Protocol):
+    """What a host does with batches; see jf_cluster.collect.dispatch."""
+
+    def run(self, items: Sequence[Any]) -> Report[Any]: ...
+
+    def finish(self) -> list[str]: ...
+
+
+class WorkerModels:
+    """The models of one worker process: the base, and the newest, whose weights are replaced in place.
+
+    A job asks for a round's model by its content hash, so it can never work with another round's weights.
+    """
+
+    def __init__(self, config: Config) -> None:
+        # Ray gives a worker its share of the cores and torch would take them all.
+        use_cpu(config.collect.cpus_per_worker)
+        on_gpu = config.collect.gpus_per_worker > 0 and torch.cuda.is_available()
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self._config = config
+        self._base: PreTrainedModel | None = None
+        self._newest: PreTrainedModel | None = None
+        self._held: str | None = None
+        """Hash of the newest model's weights; None while they are being replaced."""
+
+    def base(self) -> PreTrainedModel:
+        """Model 0."""
+        if self._base is None:
+            self._base = load_model(self._config, 0, self.device)
+        return self._base
+
+    def of_round(self, round_number: int, expected_hash: str | None = None) -> PreTrainedModel:
+        """Model ``round_number``.
+
+        Raises:
+            ModelError: it is missing or incomplete, or its weights are not those of ``expected_hash``.
+        """
+        if round_number > 0 and self._config.collect.responses == "self" and self._newest is None:
+            self._newest, self._base = self._base, None  # nobody asks for the base any more: its memory is reused
+        path = self._config.model_dir(round_number)
+        found = model_hash(path)
+        if expected_hash is not None and found != expected_hash:
+            raise ModelError(
+                f"the model in {path} is {found[:12]}…, not {expected_hash[:12]}…, with which round "
+                f"{round_number + 1} was begun: put that model back, or begin the round again"
+            )
+        if round_number == 0:
+            return self.base()
+        if self._held != found:
+            self._held = None
+            if self._newest is None or not reload_weights(self._newest, path):
+                self._newest = None
+                self._newest = load_model(self._config, round_number, self.device)
+            self._held = found
+        assert self._newest is not None
+        return self._newest
+
+
+class Host:
+    """A worker process, the actor that jf_cluster.collect.dispatch gives batches to."""
+
+    def __init__(self, config: Config) -> None:
+        self.models = WorkerModels(config)
+        self.job: Job | None = None
+
+    def begin(self, job: type[Job], *arguments: Any) -> None:
+        """Take up ``job(*arguments, models)``; returns once its models are loaded."""
+        self.job = None
+        self.job = job(*arguments, self.models)  # type: ignore[call-arg]
+
+    def run(self, items: Sequence[Any]) -> Report[Any]:
+        """Work on a batch."""
+        return self._at_work.run(items)
+
+    def finish(self) -> list[str]:
+        """Make safe what is held back; give the ids that are now safe."""
+        return self._at_work.finish()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What another method of the job gives."""
+        return getattr(self._at_work, method)(*arguments)
+
+    @property
+    def _at_work(self) -> Any:
+        if self.job is None:
+            raise RuntimeError("this worker has not taken up any job")
+        return self.job
+
+
+class Crew:
+    """The hosts of a run, at most ``collect.workers`` of them."""
+
+    def __init__(self, config: Config) -> None:
+        self._hosts = ray.remote(num_cpus=config.collect.cpus_per_worker, num_gpus=config.collect.gpus_per_worker)(Host)
+        self._config = config
+        self._idle: list[ActorHandle] = []
+
+    def start(self, job: type[Job], *arguments: Any) -> tuple[ActorHandle, ray.ObjectRef]:
+        """A host that takes up a job, an idle one if there is any, and the task that says when it is ready."""
+        host = self._idle.pop() if self._idle else self._hosts.remote(self._config)
+        return host, host.begin.remote(job, *arguments)
+
+    def rest(self, host: ActorHandle) -> None:
+        """Keep a host that has nothing to do for the next job."""
+        self._idle.append(host)
+
+    @classmethod
+    @contextmanager
+    def given_or_own(cls, crew: Crew | None, config: Config) -> Iterator[Crew]:
+        """``crew``, or where there is none a new one that is dismissed at the end."""
+        if crew is not None:
+            yield crew
+            return
+        own = cls(config)
+        try:
+            yield own
+        finally:
+            own.dismiss()
+
+    def dismiss(self) -> None:
+        """End the idle hosts: their memory is free at once."""
+        while self._idle:
+            ray.kill(self._idle.pop())

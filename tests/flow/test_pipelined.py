@@ -1,0 +1,176 @@
+"""Pipelined rounds, collectors that stay: the same results as stages that alternate, with processes that are kept."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from jf_cluster import pipeline
+from jf_cluster.collect import collect_round
+from jf_cluster.collect.crew import Crew
+from jf_cluster.collect.dispatch import Report
+from jf_cluster.collect.prompts import Prompt
+from jf_cluster.collect.worker import Collector, Counts
+from jf_cluster.config import Config
+from jf_cluster.evaluate.evaluating import evaluate_round
+from jf_cluster.models import ModelError, model_hash
+from jf_cluster.pipeline import collect_and_train
+from jf_cluster.tracking import Tracker
+from jf_cluster.train import TrainingError, train_round
+from tests.flow.conftest import save_model, small_config
+from trajectory_store import TrajectoryStore
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+class Patient(Collector):
+    """Does not come to an end before the first steps of training are done."""
+
+    def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
+        steps = self.config.run_dir / "training" / "round-001.steps.jsonl"
+        deadline = time.monotonic() + 240
+        store = TrajectoryStore(self.config.store_url).round(self.round_number)
+        while len(store.committed_ids()) >= 12 and not (steps.is_file() and steps.read_text()):
+            if time.monotonic() > deadline:
+                raise TimeoutError("no step of training was done while there were prompts left")
+            time.sleep(0.1)
+        return super().run(prompts)
+
+
+class Failing(Collector):
+    """Finds the disk full when some trajectories are written."""
+
+    def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
+        if len(TrajectoryStore(self.config.store_url).round(self.round_number).committed_ids()) >= 8:
+            raise OSError(28, "No space left on device")
+        return super().run(prompts)
+
+
+def configured(runs_dir: Path, model: Path, overlap: str) -> Config:
+    return small_config(
+        runs_dir,
+        model,
+        overlap=overlap,
+        collect__cpus_per_worker=0.5,
+        train={
+            "workers": 2,
+            "cpus_per_worker": 0.5,
+            "steps": 6,
+            "learning_rate": 1e-3,
+            "warmup_steps": 1,
+            "micro_batch_tokens": 256,
+            "packing_rows": 4,
+            "checkpoint_every_steps": 2,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def alternated(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> tuple[str, str]:
+    """Content hash of the round and of the model that stages one after the other make."""
+    config = configured(tmp_path_factory.mktemp("alternated"), base_model, "alternate")
+    manifest = collect_round(config, 1, Tracker.open(config))
+    train_round(config, 1, Tracker.open(config))
+    return manifest.content_hash, model_hash(config.model_dir(1))
+
+
+def made(config: Config) -> tuple[str, str]:
+    return TrajectoryStore(config.store_url).round(1).manifest.content_hash, model_hash(config.model_dir(1))
+
+
+def test_training_begins_while_collecting_goes_on_and_changes_nothing(
+    alternated: tuple[str, str], tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tmp_path, base_model, "pipelined")
+    monkeypatch.setattr(pipeline, "collect_round", partial(collect_round, worker_class=Patient))
+    crew = Crew(config)
+    collect_and_train(config, 1, Tracker.open(config), crew)
+    crew.dismiss()
+    assert made(config) == alternated
+
+
+def test_a_failure_of_collecting_stops_the_training_and_the_same_call_goes_on(
+    alternated: tuple[str, str], tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tmp_path, base_model, "pipelined")
+    crew = Crew(config)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(pipeline, "collect_round", partial(collect_round, worker_class=Failing))
+        collect_and_train(config, 1, Tracker.open(config), crew)
+    round_ = TrajectoryStore(config.store_url).round(1)
+    assert not round_.is_sealed and 8 <= len(round_.committed_ids()) < 20
+    collect_and_train(config, 1, Tracker.open(config), crew)
+    crew.dismiss()
+    assert made(config) == alternated
+
+
+def test_a_failure_of_training_stops_the_collecting(
+    tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tmp_path, base_model, "pipelined")
+    round_ = TrajectoryStore(config.store_url).round(1)
+
+    def fails(*_: object) -> None:
+        while not round_.committed_ids():
+            time.sleep(0.05)
+        raise TrainingError("no")
+
+    monkeypatch.setattr(pipeline, "train_round", fails)
+    monkeypatch.setattr(pipeline, "collect_round", partial(collect_round, worker_class=Patient))
+    crew = Crew(config)
+    with pytest.raises(TrainingError):
+        collect_and_train(config, 1, Tracker.open(config), crew)
+    crew.dismiss()
+    assert not round_.is_sealed
+
+
+class Telling(Collector):
+    """Writes down which process it runs in."""
+
+    def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
+        (self.config.run_dir / f"pid-{os.getpid()}-{self.round_number}").touch()
+        return super().run(prompts)
+
+
+@pytest.mark.parametrize("responses", ["base", "self"])
+def test_collectors_take_over_a_new_model_without_being_restarted(
+    tmp_path: Path, base_model: Path, responses: str
+) -> None:
+    def prepared(name: str) -> Config:
+        config = small_config(tmp_path / name, base_model, collect__responses=responses)
+        for number in (1, 2):
+            save_model(Path(config.model_dir(number)), seed=number)
+        return config
+
+    fresh, kept = prepared("fresh"), prepared("kept")
+    crew = Crew(kept)
+    for round_number in (1, 2, 3):
+        apart = collect_round(fresh, round_number, Tracker.open(fresh))
+        together = collect_round(kept, round_number, Tracker.open(kept), worker_class=Telling, crew=crew)
+        assert together.content_hash == apart.content_hash
+        if round_number == 1:
+            evaluated = evaluate_round(kept, 0, Tracker.open(kept), crew)
+            assert evaluated.ar.accuracy is not None
+    crew.dismiss()
+    pids = [{p.name.split("-")[1] for p in kept.run_dir.glob(f"pid-*-{number}")} for number in (1, 2, 3)]
+    assert pids[0] == pids[1] == pids[2] and len(pids[0]) == 2
+
+
+def test_another_model_than_the_rounds_is_refused(tmp_path: Path, base_model: Path) -> None:
+    config = small_config(tmp_path, base_model)
+    save_model(Path(config.model_dir(1)), seed=1)
+
+    class Swapped(Crew):
+        """The model changes hands between the driver's look at it and the worker's."""
+
+        def start(self, *arguments: object):  # type: ignore[no-untyped-def,override]
+            save_model(Path(config.model_dir(1)), seed=2)
+            return super().start(*arguments)  # type: ignore[arg-type]
+
+    with pytest.raises(ModelError, match="with which round 2 was begun"):
+        collect_round(config, 2, Tracker.open(config), crew=Swapped(config))

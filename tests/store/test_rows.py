@@ -1,0 +1,98 @@
+"""Rows numbered among all prompts: the same sealed and while they arrive."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.store.conftest import make_trajectory
+from trajectory_store import (
+    ArrivingRows,
+    Provenance,
+    Round,
+    SealedRows,
+    StoreError,
+    TrajectoryStore,
+    WaitInterruptedError,
+)
+from trajectory_store.compact import compact_round
+from trajectory_store.rows import digest_of
+
+IDS = [f"p{i:02d}é" for i in range(20)]
+REJECTED = {IDS[0], IDS[7], IDS[8], IDS[19]}
+ALL = np.arange(len(IDS))
+
+
+def write(round_: Round, provenance: Provenance, ids: list[str], writer_id: str) -> None:
+    with round_.writer(provenance, writer_id=writer_id) as writer:
+        for prompt_id in ids:
+            if prompt_id in REJECTED:
+                round_.reject(prompt_id, "too long")
+            else:
+                writer.append(make_trajectory(prompt_id))
+
+
+def test_sealed_rows_are_numbered_among_all_prompts(round_: Round, provenance: Provenance) -> None:
+    write(round_, provenance, IDS[::-1], "w")
+    round_.seal(provenance)
+    rows = SealedRows(round_)
+    assert len(rows) == len(IDS)
+    assert rows.present(ALL).tolist() == [prompt_id not in REJECTED for prompt_id in IDS]
+    assert [rows[int(i)].prompt_id for i in ALL[rows.present(ALL)]] == [i for i in IDS if i not in REJECTED]
+    assert rows.prompts_digest() == digest_of(IDS) != digest_of(IDS[1:])
+
+
+def test_arriving_rows_are_waited_for_and_are_those_of_the_sealed_round(round_: Round, provenance: Provenance) -> None:
+    arriving = ArrivingRows(round_, IDS, poll_s=0.01)
+    early: list[bool] = []
+
+    def collect() -> None:
+        write(round_, provenance, IDS[10:], "w1")
+        time.sleep(0.2)
+        write(round_, provenance, IDS[:10], "w2")
+        early.append(round_.is_sealed)
+
+    collector = threading.Thread(target=collect)
+    collector.start()
+    begun = time.monotonic()
+    late = arriving.present(ALL[12:])
+    assert time.monotonic() - begun < 0.2, "what is there is not waited for"
+    assert late.tolist() == [prompt_id not in REJECTED for prompt_id in IDS[12:]]
+    present = arriving.present(ALL)
+    collector.join()
+    assert not early[0], "the rows were there before the round was sealed"
+    before = {int(i): arriving[int(i)].prompt_id for i in ALL[present]}
+    round_.seal(provenance)
+    compact_round(round_)
+    sealed = SealedRows(round_)
+    assert (sealed.present(ALL) == present).all() and arriving.provenance == provenance
+    for i in ALL[present]:
+        assert before[int(i)] == sealed[int(i)].prompt_id == arriving[int(i)].prompt_id
+        assert np.array_equal(sealed[int(i)].tails, arriving[int(i)].tails)
+
+
+def test_a_round_that_was_sealed_meanwhile_is_read_by_its_manifest(round_: Round, provenance: Provenance) -> None:
+    write(round_, provenance, IDS, "w")
+    round_.seal(provenance)
+    assert ArrivingRows(round_, reversed(IDS)).present(ALL).sum() == len(IDS) - len(REJECTED)
+
+
+def test_other_prompts_than_announced_are_an_error(round_: Round, provenance: Provenance) -> None:
+    write(round_, provenance, IDS, "w")
+    arriving = ArrivingRows(round_, [*IDS, "one-more"])
+    assert arriving.present(ALL + 1).any(), "the one more comes first"
+    round_.seal(provenance)
+    with pytest.raises(StoreError, match="sealed with 20 prompts, which are not the 21"):
+        arriving.present(ALL)
+
+
+def test_a_wait_can_be_given_up(tmp_path: Path, provenance: Provenance) -> None:
+    round_ = TrajectoryStore(tmp_path).round(1)
+    arriving = ArrivingRows(round_, IDS, poll_s=60)
+    threading.Timer(0.1, arriving.give_up).start()
+    with pytest.raises(WaitInterruptedError):
+        arriving.present(ALL)

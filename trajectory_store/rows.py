@@ -1,0 +1,177 @@
+"""The rows of a round numbered among all its prompts, whether it is sealed or still being written.
+
+A prompt's number is its place in the order of prompt ids, prompts given up on included. So the numbers, and whatever
+order is made of them, are the same for who reads the sealed round and for who follows it while it is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from bisect import bisect_left
+from collections.abc import Collection, Iterable
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from trajectory_store.errors import MissingShardError, StoreError
+from trajectory_store.placed import PlacedRows, rows_of
+from trajectory_store.provenance import Provenance
+from trajectory_store.store import Round
+from trajectory_store.trajectory import Trajectory
+
+Numbers = npt.NDArray[np.int64]
+
+
+class SealedRows:
+    """Rows of a sealed round by their number among all its prompts."""
+
+    def __init__(self, round_: Round) -> None:
+        """Open the round.
+
+        Raises:
+            RoundNotSealedError: it is not sealed.
+            CorruptShardError: manifest, index or a reject is damaged.
+        """
+        self.reader = round_.reader()
+        index = self.reader.index
+        given_up = sorted(prompt_id for prompt_id in round_.rejects() if index.find(prompt_id) is None)
+        places = [bisect_left(range(len(index)), prompt_id, key=index.prompt_id) for prompt_id in given_up]
+        self._given_up = given_up
+        self._rejected: Numbers = np.array(places, np.int64) + np.arange(len(places))
+
+    def __len__(self) -> int:
+        return len(self.reader) + len(self._rejected)
+
+    def present(self, rows: Numbers) -> npt.NDArray[np.bool_]:
+        """Which of ``rows`` have a trajectory, bool [R]."""
+        return ~np.isin(rows, self._rejected)
+
+    def __getitem__(self, row: int) -> Trajectory:
+        """The trajectory of a row that is present."""
+        return self.reader[row - int(np.searchsorted(self._rejected, row))]
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the rows have in common."""
+        return self.reader.manifest.provenance
+
+    def give_up(self) -> None:
+        """Nobody waits for a sealed round."""
+
+    def prompts_digest(self) -> str:
+        """SHA-256 over the ids of all prompts; see :func:`digest_of`."""
+        index = self.reader.index
+        return digest_of([*self._given_up, *(index.prompt_id(i) for i in range(len(index)))])
+
+
+class ArrivingRows:
+    """Rows of a round that is being written, by the same numbers; waits for those it is asked for.
+
+    For one thread, but for :meth:`give_up`. Once the round is sealed it reads by the manifest like everybody else.
+    """
+
+    def __init__(
+        self,
+        round_: Round,
+        prompt_ids: Iterable[str],
+        *,
+        poll_s: float = 1.0,
+    ) -> None:
+        """Nothing is read before rows are asked for.
+
+        Args:
+            prompt_ids: of all prompts of the round, in any order; each will be committed or rejected.
+            poll_s: time between looks for new shards.
+        """
+        self._round, self._poll_s, self._given_up = round_, poll_s, threading.Event()
+        self._ids = sorted(set(prompt_ids))
+        self._settled = np.zeros(len(self._ids), bool)
+        self._shard = np.full(len(self._ids), -1, np.int32)
+        self._batch, self._row = np.zeros_like(self._shard), np.zeros_like(self._shard)
+        self._shards: list[str] = []
+        self._placed = PlacedRows(round_)
+        self._sealed: SealedRows | None = None
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def present(self, rows: Numbers) -> npt.NDArray[np.bool_]:
+        """Which of ``rows`` have a trajectory, bool [R]; returns when that is known of every one.
+
+        Raises:
+            StoreError: the round was sealed with other prompts than were announced, or is damaged.
+            WaitInterruptedError: the wait was given up.
+        """
+        while self._sealed is None and not self._settled[rows].all():
+            if not self._look() and self._given_up.wait(self._poll_s):
+                raise WaitInterruptedError(f"the wait for rows of {self._round.folder.path} was given up")
+        return self._sealed.present(rows) if self._sealed is not None else self._shard[rows] >= 0
+
+    def __getitem__(self, row: int) -> Trajectory:
+        """The trajectory of a row that is known to be present."""
+        if self._sealed is None:
+            try:
+                return self._placed.read(self._shards[self._shard[row]], int(self._batch[row]), int(self._row[row]))
+            except MissingShardError:  # compacted, once it was sealed
+                self._look()
+                if self._sealed is None:
+                    raise
+        return self._sealed[row]
+
+    def give_up(self) -> None:
+        """End the wait of another thread, and every later one."""
+        self._given_up.set()
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """What the rows have in common; known as soon as one is present."""
+        return self._round.provenance
+
+    def _look(self) -> bool:
+        """Take notice of what is new; whether there was anything."""
+        if self._round.is_sealed:
+            self._sealed = SealedRows(self._round)
+            if len(self._sealed) != len(self._ids) or self._sealed.prompts_digest() != digest_of(self._ids):
+                raise StoreError(
+                    f"{self._round.folder.path} was sealed with {len(self._sealed)} prompts, which are not the "
+                    f"{len(self._ids)} it was to have: somebody else wrote to it"
+                )
+            return True
+        known = len(self._shards)
+        for shard in sorted(set(self._round.shard_names()) - set(self._shards)):
+            try:
+                places = list(rows_of(self._round, shard))
+            except MissingShardError:  # withdrawn
+                continue
+            self._shards.append(shard)
+            for place in places:
+                number = self._number(place.prompt_id)
+                if number is not None and self._shard[number] < 0:
+                    self._shard[number], self._batch[number], self._row[number] = (
+                        len(self._shards) - 1,
+                        place.batch,
+                        place.row,
+                    )
+                    self._settled[number] = True
+        rejects = [number for reject in self._round.rejects() if (number := self._number(reject)) is not None]
+        fresh = bool(rejects) and not self._settled[rejects].all()
+        self._settled[rejects] = True
+        return fresh or len(self._shards) > known
+
+    def _number(self, prompt_id: str) -> int | None:
+        number = bisect_left(self._ids, prompt_id)
+        return number if number < len(self._ids) and self._ids[number] == prompt_id else None
+
+
+class WaitInterruptedError(StoreError):
+    """A wait for rows that the waiting side gave up."""
+
+
+def digest_of(prompt_ids: Collection[str]) -> str:
+    """SHA-256 over prompt ids, hexadecimal, in whatever order they come."""
+    hasher = hashlib.sha256()
+    for prompt_id in sorted(prompt_ids):
+        hasher.update(f"{len(prompt_id.encode())}:{prompt_id}".encode())
+    return hasher.hexdigest()
