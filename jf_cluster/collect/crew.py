@@ -122,6 +122,21 @@ class Crew:
         host = self._idle.pop() if self._idle else self._hosts.remote(self._config)
         return host, host.begin.remote(job, *arguments)
 
+    def ask(self, timeout_s: float, job: type[Job], arguments: Sequence[Any], method: str, *given: Any) -> Any:
+        """What a method of a job gives, on one host; a host that fails is not used again.
+
+        Raises:
+            ray.exceptions.RayError: the host died, the method failed, or no answer came in time.
+        """
+        host, _ = self.start(job, *arguments)
+        try:
+            answer = ray.get(host.call.remote(method, *given), timeout=timeout_s)
+        except BaseException:
+            ray.kill(host)
+            raise
+        self.rest(host)
+        return answer
+
     def rest(self, host: ActorHandle) -> None:
         """Keep a host that has nothing to do for the next job."""
         self._idle.append(host)

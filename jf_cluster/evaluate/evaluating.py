@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from jf_cluster.collect.collecting import batches_by_length, context_tokens
@@ -81,7 +80,7 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker, crew: Cr
         stage.artifact(path)
         if round_number > 0:
             stage.artifact(Path(config.model_dir(round_number)) / CARD)
-        if (look := look_at(config, round_number, answered)) is not None:
+        if (look := look_at(config, round_number, answered, hosts)) is not None:
             stage.artifact(look)
     logger.info(
         "model %d evaluated in %.0f s: accuracy %% %s, Jacobi %.2f tokens per forward, %.2f times AR's speed, "
@@ -126,15 +125,12 @@ def _speeds(config: Config, round_number: int, prompts: Sequence[Prompt], crew: 
     chosen = sorted(prompts, key=lambda p: p.prompt_id)[: config.evaluate.speed_prompts]
     attempts = config.collect.max_attempts
     for attempt in range(1, attempts + 1):
-        host, _ = crew.start(Evaluator, config, round_number)
         try:
-            measured: Speeds = ray.get(host.call.remote("speed", chosen), timeout=config.collect.batch_timeout_s)
+            timeout_s = config.collect.batch_timeout_s
+            measured: Speeds = crew.ask(timeout_s, Evaluator, (config, round_number), "speed", chosen)
+            return measured
         except (RayActorError, GetTimeoutError) as error:
             logger.warning("measuring speed failed (%d of %d attempts): %s", attempt, attempts, error)
-            ray.kill(host)
-        else:
-            crew.rest(host)
-            return measured
     raise EvaluateError(f"speed could not be measured: the worker failed {attempts} times")
 
 

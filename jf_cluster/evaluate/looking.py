@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ray
 from pydantic import TypeAdapter
 from ray.exceptions import GetTimeoutError, RayError
 
+from jf_cluster.collect.crew import Crew, WorkerModels
 from jf_cluster.collect.prompts import Prompt
 from jf_cluster.config import Config
 from jf_cluster.evaluate.worker import Evaluator
@@ -48,10 +48,10 @@ class Look:
 
 
 class Looker(Evaluator):
-    """The actor that looks; loads the model as the one that evaluates does."""
+    """The job of looking, with the model as the one that evaluates has it."""
 
-    def __init__(self, config: Config, round_number: int) -> None:
-        super().__init__(config, round_number)
+    def __init__(self, config: Config, round_number: int, models: WorkerModels) -> None:
+        super().__init__(config, round_number, models)
         self.round_number = round_number
 
     def look(self, prompts: Sequence[Prompt]) -> Look:
@@ -89,17 +89,13 @@ def _setting(block_size: int, blocks: int) -> Drafting:
     return Drafting("jacobi" if blocks == 1 else "multiblock", block_size, blocks)
 
 
-def look_at(config: Config, round_number: int, prompts: Sequence[Prompt]) -> Path | None:
+def look_at(config: Config, round_number: int, prompts: Sequence[Prompt], crew: Crew) -> Path | None:
     """Look at model ``round_number`` and keep what was seen; None where no worker could, which fails nothing."""
-    remote = ray.remote(num_cpus=config.collect.cpus_per_worker, num_gpus=config.collect.gpus_per_worker)(Looker)
-    actor = remote.remote(config, round_number)
     try:
-        seen: Look = ray.get(actor.look.remote(prompts), timeout=config.collect.batch_timeout_s)
+        seen: Look = crew.ask(config.collect.batch_timeout_s, Looker, (config, round_number), "look", prompts)
     except (RayError, GetTimeoutError) as error:
         logger.warning("no pictures of how model %d decodes: %s", round_number, str(error).splitlines()[0])
         return None
-    finally:
-        ray.kill(actor)
     path = _path(config, round_number)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")

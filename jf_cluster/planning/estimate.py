@@ -57,6 +57,13 @@ def stages(config: Config, rates: Rates) -> list[StageTime]:
     ]
 
 
+def together_s(config: Config, every: list[StageTime]) -> float:
+    """Time of the whole run; in pipelined rounds the longer of collecting and training hides the other."""
+    collect, train, _ = every
+    hidden = train.count * min(collect.seconds, train.seconds) if config.overlap == "pipelined" else 0.0
+    return sum(stage.total_s for stage in every) - hidden
+
+
 def computed_rates(
     config: Config, shape: ModelShape, machines: Machines, assumed: Assumptions = ASSUMED, gpus_per_collector: int = 1
 ) -> Rates:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jf_cluster.config import Config
 from jf_cluster.planning import memory
-from jf_cluster.planning.estimate import StageTime, gpus_held, span
+from jf_cluster.planning.estimate import StageTime, gpus_held, span, together_s
 from jf_cluster.planning.machines import Machines
 from jf_cluster.planning.memory import GPU_RESERVE_BYTES, PROCESS_BYTES, Need, shown
 from jf_cluster.planning.shapes import ModelShape
@@ -68,7 +68,7 @@ def show_times(config: Config, stages: list[StageTime], price: float | None) -> 
 
     for stage in stages:
         table.add_row(stage.name, str(stage.count), span(stage.seconds), span(stage.total_s), *costs(stage.total_s))
-    total = sum(stage.total_s for stage in stages)
+    total = together_s(config, stages)
     table.add_row("all", "", "", span(total), *costs(total), style="bold")
     _console().print(table)
 

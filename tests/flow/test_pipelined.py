@@ -142,7 +142,8 @@ def test_collectors_take_over_a_new_model_without_being_restarted(
     tmp_path: Path, base_model: Path, responses: str
 ) -> None:
     def prepared(name: str) -> Config:
-        config = small_config(tmp_path / name, base_model, collect__responses=responses)
+        settings = {"collect__responses": responses, "collect__cpus_per_worker": 0.5}  # both crews at once
+        config = small_config(tmp_path / name, base_model, **settings)
         for number in (1, 2):
             save_model(Path(config.model_dir(number)), seed=number)
         return config
