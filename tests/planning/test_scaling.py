@@ -9,7 +9,7 @@ import pytest
 
 from jf_cluster.config import load_config
 from jf_cluster.planning import speed
-from jf_cluster.planning.estimate import Rates, stages
+from jf_cluster.planning.estimate import Rates, stages, together_s
 from jf_cluster.planning.scaling import ROUND_TOKENS, STEP_TOKENS, Plan, plans, tables
 from jf_cluster.planning.speed import ASSUMED
 from jf_cluster.preflight import changed
@@ -99,6 +99,11 @@ def test_stages_of_a_run(every: dict[tuple[str, int], Plan]) -> None:
     assert collect.total_s == 3 * (10 + 450_000 * 0.01)
     assert train.total_s == 2 * (100 + 10_000 * 2)
     assert evaluate.total_s == 3 * (5 + 400 * 0.5)
+    every_stage = [collect, train, evaluate]
+    assert together_s(config, every_stage) == collect.total_s + train.total_s + evaluate.total_s
+    pipelined = config.model_copy(update={"overlap": "pipelined"})
+    assert train.seconds > collect.seconds, "so all but the last collecting is hidden"
+    assert together_s(pipelined, every_stage) == collect.seconds + train.total_s + evaluate.total_s
 
 
 def test_assumptions_move_what_they_should(every: dict[tuple[str, int], Plan]) -> None:
