@@ -4,7 +4,8 @@ Rows join and leave between forward passes; active rows always lie first in the 
 accepted token, its draft and its recycled candidates; the candidates are branches off the same cache, not copies of
 it. What a row proposes and accepts is in ``drafts.py``, the call people make is in ``decoding.py``.
 
-Per forward pass the host sends what is proposed and reads what the model chose. For a single request nothing is made
+Per forward pass the host sends what is proposed and reads what the model chose. On a GPU that is a copy into a buffer
+that is there and a replayed graph (``graphs.py``), nothing is allocated. Without graphs a single request makes nothing
 anew whose size grows with what was written before; a batch makes the mask that attention needs.
 """
 
@@ -169,14 +170,18 @@ class Batch:
 
     def _forward_all(self, rows: Sequence[Row]) -> list[list[int]]:
         """Any rows; also the static shapes that CUDA graphs need, where all that changes is ``packed``."""
+        last = np.array([r.last_slot for r in rows])
         count, width = len(rows), max(len(r.proposed) for r in rows)
-        reach = max(r.last_slot for r in rows) + width
+        reach = int(last.max()) + width
         if self._graphs is not None:
             count, width = self.capacity, max(r.drafting.longest for r in rows)  # rows beyond the active ones idle
-            reach = min(_bucket(max(r.last_slot for r in rows) + width), self.cache.slots)
+            reach = min(_bucket(int(last.max()) + width), self.cache.slots)
+            buffer = self._graphs.host(5, count, width)
+        else:
+            buffer = torch.empty((5, count, width), dtype=torch.int64)
         # tokens, slots, positions, end of the stem and begin of the own branch
-        packed = np.zeros((5, count, width), dtype=np.int64)
-        last = np.array([r.last_slot for r in rows])
+        packed = buffer.numpy()
+        packed[:] = 0
         packed[1:, : len(rows)] = last[:, None]
         packed[1] += np.arange(width)
         packed[2] += np.arange(width)
@@ -185,16 +190,19 @@ class Batch:
             packed[0, i, :size] = r.proposed
             packed[2, i, :size] = last[i] + r.depths
             packed[3:, i, :size] += r.own_ranges
-        if self._graphs is not None:
-            logits = self._graphs.run(torch.from_numpy(packed), reach)
-        else:
-            logits = self._packed_forward(self._tensor(packed), reach)
         places = packed[2, : len(rows)] - last[:, None] + np.array([len(r.tokens) for r in rows])[:, None]
-        chosen = self._choose(logits[: len(rows)].flatten(0, 1), rows, places)
+        if self._graphs is not None:
+            logits, likeliest = self._graphs.run(buffer, reach)
+        else:
+            logits, likeliest = self._packed_forward(buffer.to(self.model.device), reach)
+        if all(r.sampling.temperature == 0 for r in rows):
+            chosen = likeliest[: len(rows)].flatten().tolist()
+        else:
+            chosen = self._choose(logits[: len(rows)].flatten(0, 1), rows, places)
         return [chosen[i * width : i * width + len(r.proposed)] for i, r in enumerate(rows)]
 
-    def _packed_forward(self, packed: torch.Tensor, reach: int) -> torch.Tensor:
-        """Logits [B, Q, V] from ``packed`` int64 [5, B, Q]; device work only, so that a graph can record it."""
+    def _packed_forward(self, packed: torch.Tensor, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B, Q, V] and argmax [B, Q] of ``packed`` int64 [5, B, Q]; device work only, for graphs to record."""
         tokens, slots, positions, stem_end, own = packed
         count, width = tokens.shape
         mask = visible(
@@ -211,7 +219,8 @@ class Batch:
             mask=mask[:, None],
             reach=reach,
         )
-        return self._logits(tokens, positions, layout)
+        logits = self._logits(tokens, positions, layout)
+        return logits, logits.argmax(-1)
 
     def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, layout: CachedRows) -> torch.Tensor:
         """Logits [B, Q, V] of tokens and positions [B, Q]."""
