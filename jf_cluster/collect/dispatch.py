@@ -138,6 +138,8 @@ class Dispatcher(Generic[T, R]):
         self._queue: deque[_Batch[T]] = deque()
         self._failed_starts = 0
         self._largest = 1
+        self.ready_after_s: float | None = None
+        """From the begin of the run to the first worker that was ready."""
 
     def run(self, batches: Iterable[Sequence[T]]) -> Iterator[Event[T, R]]:
         """Work through all batches; ends when every item is safe or given up.
@@ -145,6 +147,7 @@ class Dispatcher(Generic[T, R]):
         Raises:
             DispatchError: workers cannot be started.
         """
+        begun = time.monotonic()
         self._queue.extend(_Batch(items) for items in batches)
         self._largest = max((len(batch.items) for batch in self._queue), default=1)
         self._slots = [self._place(number) for number in range(min(self._workers, len(self._queue)))]
@@ -157,6 +160,8 @@ class Dispatcher(Generic[T, R]):
                         self._give(slot)
                 busy = {slot.task: slot for slot in self._slots if not slot.idle}
                 ready, _ = ray.wait(list(busy), num_returns=1, timeout=POLL_S)
+                if ready and self.ready_after_s is None:
+                    self.ready_after_s = time.monotonic() - begun
                 for task in ready:
                     yield from self._take(busy[task])
                 for slot in self._slots:

@@ -115,6 +115,7 @@ def _answers(config: Config, round_number: int, prompts: Sequence[Prompt], stage
                     logger.warning("prompt %s is left out: %s", prompt.prompt_id, reason)
                 case Lost(worker, reason):
                     logger.warning("worker %d is replaced and its prompts are redone: %s", worker, reason)
+    answers.start_seconds = dispatcher.ready_after_s or 0.0
     if not answers.ar:
         raise EvaluateError(f"none of the {len(prompts)} prompts could be decoded")
     return answers

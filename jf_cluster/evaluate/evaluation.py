@@ -71,6 +71,8 @@ class Evaluation(_Frozen):
     reason: str
     """Why it passed or failed, in one sentence with the figures and the margin."""
     seconds: float
+    start_seconds: float = 0.0
+    """Of these, until the first worker was ready."""
     responses: dict[str, str]
     """AR response of each prompt, by prompt id."""
     right: dict[str, bool] | None = None

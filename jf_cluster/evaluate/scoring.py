@@ -26,6 +26,8 @@ class Answers:
     by_mode: dict[Mode, dict[str, Answer]] = field(default_factory=lambda: {mode: {} for mode in MODES})
     blocks: int = 0
     iterations: int = 0
+    start_seconds: float = 0.0
+    """Until the first worker was ready."""
 
     def add(self, answered: Answered) -> None:
         for mode in MODES:
@@ -115,6 +117,7 @@ def evaluation(
         passed=passed,
         reason=reason,
         seconds=seconds,
+        start_seconds=answers.start_seconds,
         responses=texts,
         right=None if grader == "none" else {p.prompt_id: bool(answers.ar[p.prompt_id].right) for p in prompts},
     )

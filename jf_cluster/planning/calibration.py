@@ -88,8 +88,6 @@ def measured(config: Config) -> Calibration:
     step = statistics.median(record.seconds for record in steps[len(steps) // 2 :])
     evaluation = load_evaluation(config, 0)
     assert evaluation is not None
-    # Two groups of workers start, one for quality and one for speed.
-    evaluate_once = min(2 * collect_once, evaluation.seconds / 2)
     shards = TrajectoryStore(config.store_url).round(1).folder.entries()
     return Calibration(
         Rates(
@@ -97,8 +95,8 @@ def measured(config: Config) -> Calibration:
             collect_prompt=collect_prompt,
             train_once=trained["seconds"] - trained["step_seconds"],
             train_step=step,
-            evaluate_once=evaluate_once,
-            evaluate_prompt=(evaluation.seconds - evaluate_once) / evaluation.prompts,
+            evaluate_once=evaluation.start_seconds,
+            evaluate_prompt=(evaluation.seconds - evaluation.start_seconds) / evaluation.prompts,
         ),
         counts["response_tokens"] / prompts,
         sum(size for name, size in shards.items() if name.startswith("shard-")) / counts["response_tokens"],

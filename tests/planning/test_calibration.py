@@ -44,7 +44,7 @@ def test_a_plan_measures_the_embedded_run(tmp_path: Path) -> None:
     assert "held_out" not in done.stdout, "the miniature's own tables are not shown"
     times = re.findall(r"│ (collect|train|evaluate) +│ +(\d) │ +([\d.]+) (?:s|min) │", done.stdout)
     assert [(name, count) for name, count, _ in times] == [("collect", "4"), ("train", "3"), ("evaluate", "4")]
-    assert all(float(seconds) > 0 for *_, seconds in times)
+    assert all(float(seconds) > 0 for name, _, seconds in times if name != "collect"), "eight prompts may take 0 s"
     tokens, store_bytes = map(float, re.findall(r"([\d.]+) tokens a response, ([\d.]+) bytes", done.stdout)[0])
     assert 60 < tokens < 130, "97 by docs/tiny.md"
     assert 9 < store_bytes < 40, "9.1 by docs/store.md, and the head of a shard that holds 8 rows"
