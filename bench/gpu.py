@@ -35,6 +35,11 @@ LIST: dict[str, list[str]] = {
         "--micro-batch-tokens", "16384", "--repeats", "2",
     ],
     "loss": ["loss", "--repeats", "3"],
+    "roofline_1.5b": [
+        "roofline", "--model", "qwen2.5-1.5b", "--samples", "16", "--response-tokens", "512", "--context", "1024",
+        "--drafts", "1", "16", "64", "256", "--forward-tokens", "65536", "--micro-batch-tokens", "16384",
+        "--repeats", "2",
+    ],
 }  # fmt: skip
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from bench import attention, gpu, published, tiny_inputs
+from bench import attention, gpu, published, roofline, tiny_inputs
 from bench.ablate import DEFAULT, DirectoryOfAnotherAblationError, cell_name, open_directory, table, wanted, write_json
 from bench.ablation import Effort, Outcome
 from jf_cluster.jacobi.attention import branch_attention
@@ -86,6 +87,30 @@ def test_the_attention_benchmark_measures_backends_that_agree(tmp_path: Path, mo
     found = json.loads(figures.read_text())
     assert {k for k in found if k.startswith("difference")} == {f"difference_sdpa_40x2_n4_w{w}" for w in (1, 0)}
     assert all(found[k] < 1e-5 for k in found if k.startswith("difference"))
+
+
+def test_the_limits_of_a_forward_are_what_it_computes_and_reads(qwen2: PreTrainedModel) -> None:
+    counter = FlopCounterMode(display=False)
+    usual = qwen2.config._attn_implementation
+    qwen2.set_attn_implementation("eager")  # as matrix products that can be counted
+    with counter, torch.inference_mode():
+        qwen2(input_ids=torch.ones(1, 7, dtype=torch.long), use_cache=False)
+    qwen2.set_attn_implementation(usual)
+    work = roofline.forward(qwen2, tokens=7, seen=7 * 7, chosen=7)  # eager attention computes all of the square
+    assert work.operations == pytest.approx(counter.get_total_flops(), rel=0.001)
+    read = sum(p.nbytes for name, p in qwen2.named_parameters() if "embed" not in name and p.dim() == 2)
+    assert work.bytes >= read
+    assert work.limit_s(1e3, 1e12) == work.operations / 1e3 and work.bound(1e3, 1e12) == "operations"
+    assert work.limit_s(1e12, 1e3) == work.bytes / 1e3 and work.bound(1e12, 1e3) == "bytes"
+
+
+def test_the_roofline_of_the_tiny_model(tmp_path: Path) -> None:
+    small = ["--samples", "2", "--response-tokens", "20", "--repeats", "1", "--drafts", "1", "--context", "8"]
+    roofline.main([*small, "--device", "cpu", "--json", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for name in ("forward_1", "trajectories", "train_step"):
+        assert 0 < figures[f"share_{name}"] < 2 and figures[f"bound_{name}"] in ("operations", "bytes")
+    assert figures["mfu_train_step_measured_rate"] > 0 and "mfu_train_step" not in figures
 
 
 def test_models_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
