@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,10 +23,16 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Grader = Literal["none", "arithmetic", "gsm8k", "math", "code"]
 Template = Literal["auto", "chat", "plain"]
 Task = Literal["held_out", "gsm8k", "math", "humaneval", "mbpp"]
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what to do."""
+
+
+def _of_round(values: tuple[T, ...], round_number: int) -> T:
+    """The value of round ``round_number`` (from 1); the last one serves all later rounds."""
+    return values[min(round_number, len(values)) - 1]
 
 
 class Section(BaseModel):
@@ -104,7 +110,7 @@ class CollectConfig(Section):
 
     def block_size_of(self, round_number: int) -> int:
         """Block size of round ``round_number`` (from 1)."""
-        return self.block_size[min(round_number, len(self.block_size)) - 1]
+        return _of_round(self.block_size, round_number)
 
 
 class NoiseConfig(Section):
@@ -211,7 +217,7 @@ class TrainConfig(Section):
     def learning_rate_of(self, round_number: int) -> float:
         """Peak learning rate of round ``round_number`` (from 1)."""
         rates = self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
-        return rates[min(round_number, len(rates)) - 1]
+        return _of_round(rates, round_number)
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainConfig:
