@@ -2,5 +2,6 @@
 
 ``shapes`` reads a model's config.json, ``memory`` and ``speed`` are formulas over shapes and settings, ``machines``
 says what there is, ``calibration`` measures a miniature of the run, ``estimate`` puts times and costs together,
-``scaling`` makes the tables of docs/scaling.md. What is refused, and with which words, is in ``jf_cluster.preflight``.
+``fitting`` refuses what the machines cannot hold, ``scaling`` makes the tables of docs/scaling.md. Whatever else is
+refused before a start is in ``jf_cluster.preflight``.
 """

@@ -47,6 +47,7 @@ def plan(
 def _plan(config: Config, calibration: bool, on: str | None, price: float | None) -> None:
     from jf_cluster import preflight
     from jf_cluster.planning.estimate import computed_rates, gpus_held, stages
+    from jf_cluster.planning.fitting import refused_on
     from jf_cluster.planning.shapes import read_shape
     from jf_cluster.planning.show import show_needs, show_times
 
@@ -57,7 +58,7 @@ def _plan(config: Config, calibration: bool, on: str | None, price: float | None
     show_needs(config, shape, machines, disks=on is None)
     if warning := preflight.mlflow_warning(config):
         typer.secho(f"warning: {warning}", fg=typer.colors.YELLOW, err=True)
-    refusals = [*preflight.refused_by_model(config, shape), *preflight.refused_on(config, shape, machines)]
+    refusals = [*preflight.refused_by_model(config, shape), *refused_on(config, shape, machines)]
     if on is None:  # the disks of machines that are elsewhere cannot be looked at
         refusals += preflight.refused_places(config, shape)
     preflight.raise_refused(refusals)

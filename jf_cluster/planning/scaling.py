@@ -23,11 +23,11 @@ from jf_cluster.config import (
 )
 from jf_cluster.planning import memory, speed
 from jf_cluster.planning.estimate import Rates, computed_rates, loading_s, span, stages
+from jf_cluster.planning.fitting import changed
 from jf_cluster.planning.machines import Machines
 from jf_cluster.planning.memory import GPU_RESERVE_BYTES, shown
 from jf_cluster.planning.shapes import ModelShape, shape_of
 from jf_cluster.planning.speed import ASSUMED, CollectingSpeed, TrainingSpeed
-from jf_cluster.preflight import changed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

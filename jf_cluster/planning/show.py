@@ -11,10 +11,10 @@ from rich.table import Table
 from jf_cluster.config import Config
 from jf_cluster.planning import memory
 from jf_cluster.planning.estimate import StageTime, gpus_held, span, together_s
+from jf_cluster.planning.fitting import train_nodes
 from jf_cluster.planning.machines import Machines
 from jf_cluster.planning.memory import GPU_RESERVE_BYTES, PROCESS_BYTES, Need, shown
 from jf_cluster.planning.shapes import ModelShape
-from jf_cluster.preflight import train_nodes
 
 WIDTH = 150
 """Columns where the output is not a terminal."""

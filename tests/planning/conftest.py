@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from jf_cluster.config import Config
+from jf_cluster.planning.fitting import changed
 from jf_cluster.planning.scaling import MODELS
-from jf_cluster.preflight import changed
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from jf_cluster.jacobi.samples import NoisyBranch, Sample
 from jf_cluster.jacobi.sampling import Sampling
 from jf_cluster.models import ModelError
 from jf_cluster.planning import memory, speed
+from jf_cluster.planning.fitting import changed
 from jf_cluster.planning.machines import Machines
 from jf_cluster.planning.scaling import model_7b, model_70b
 from jf_cluster.planning.shapes import read_shape, shape_of
-from jf_cluster.preflight import changed
 
 DTYPES = {torch.float32: 4, torch.bfloat16: 2}
 TOKENS = 96

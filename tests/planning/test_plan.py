@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from jf_cluster.__main__ import app
 from jf_cluster.config import Config, ConfigError, load_config
+from jf_cluster.planning.fitting import changed, refused_on
 from jf_cluster.planning.machines import Machines
 from jf_cluster.planning.scaling import model_7b
 from jf_cluster.planning.shapes import read_shape, shape_of
-from jf_cluster.preflight import changed, refused_on
 
 TINY = str(Path(__file__).parent.parent.parent / "configs" / "tiny.yaml")
 

@@ -10,9 +10,9 @@ import pytest
 from jf_cluster.config import load_config
 from jf_cluster.planning import speed
 from jf_cluster.planning.estimate import Rates, stages, together_s
+from jf_cluster.planning.fitting import changed
 from jf_cluster.planning.scaling import ROUND_TOKENS, STEP_TOKENS, Plan, plans, tables
 from jf_cluster.planning.speed import ASSUMED
-from jf_cluster.preflight import changed
 
 ROOT = Path(__file__).parent.parent.parent
 
