@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -69,6 +71,35 @@ def joined_cluster(config: Config) -> str | None:
     return os.environ.get("RAY_ADDRESS") or (head.address if head else None)
 
 
+def join_or_start(address: str | None, cpus: float) -> None:
+    """Join the Ray cluster at ``address``, or start a local Ray that has room for ``cpus``.
+
+    Raises:
+        ClusterError: no cluster answers at ``address``.
+    """
+    # What workers print stays in Ray's log files: it would tear the progress bars; failures come as exceptions.
+    quietly: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    # Ray puts a handler of its own in place, which ends the process on the spot.
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    if address:
+        logger.info("joining the Ray cluster at %s", address)
+        try:
+            ray.init(address=address, **quietly)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
+    else:
+        logger.info("starting a local Ray")
+        ray.init(
+            # Without it Ray joins whatever cluster was started last on this machine, whoever started it.
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quietly,
+        )
+    signal.signal(signal.SIGTERM, on_terminate)
+
+
 @contextlib.contextmanager
 def connected(config: Config) -> Iterator[None]:
     """Join or start Ray for as long as the context lasts, with what ``config`` needs to place its workers.
@@ -77,28 +108,7 @@ def connected(config: Config) -> Iterator[None]:
         ClusterError: the cluster cannot be reached or can never place the workers.
     """
     cpus, gpus = config.needs("cpus_per_worker"), config.needs("gpus_per_worker")
-    # Ray puts a handler of its own in place, which ends the process on the spot.
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    address = joined_cluster(config)
-    if address:
-        logger.info("joining the Ray cluster at %s", address)
-        try:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
-    else:
-        logger.info("starting a local Ray")
-        ray.init(
-            # Without it Ray joins whatever cluster was started last on this machine, whoever started it.
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, int(cpus + 0.999)),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-            # What workers print stays in Ray's log files: it would tear the progress bars; failures come as exceptions.
-            log_to_driver=False,
-        )
-    signal.signal(signal.SIGTERM, on_terminate)
+    join_or_start(joined_cluster(config), cpus)
     try:
         _require("CPU", cpus, "cpus_per_worker")
         _require("GPU", gpus, "gpus_per_worker")
