@@ -138,43 +138,45 @@ def settings(looks: Sequence[Look]) -> Picture:
     )
 
 
-def _shares(model: int, shares: Sequence[float]) -> go.Scatter:
-    """A model's line: its share (0 to 1) at position 1, 2, …, in percent."""
-    return go.Scatter(
-        x=list(range(1, len(shares) + 1)),
-        y=[100 * share for share in shares],
-        mode="lines+markers",
-        name=model_name(model),
-        line={"color": _colour(model), "width": 3},
-    )
-
-
 def acceptance(collected: Sequence[Collected]) -> Picture:
     """Share of blocks whose first p tokens are right after one pass, by p."""
-    figure = go.Figure()
-    for c in collected:
-        figure.add_trace(_shares(c.model, [float((c.accepted > p).mean()) for p in range(c.block_size)]))
-    figure.update_yaxes(range=[0, 103])
-    return Picture(
+    return _by_position(
+        [(c.model, [float((c.accepted > p).mean()) for p in range(c.block_size)]) for c in collected],
         "How far into a block one pass already gets it right",
         "From a random guess, after a single pass: share of blocks whose tokens up to this position are all right. "
         "Two always are (one is known, any pass adds one); training lifts the rest.",
-        _labelled(figure, "position in the block", "blocks right up to here, %"),
+        "position in the block",
+        "blocks right up to here, %",
     )
 
 
 def accepted(evaluations: Sequence[Evaluation]) -> Picture:
     """Share of decode forwards that added at least so many tokens, model by model."""
-    figure = go.Figure()
-    for e in evaluations:
-        figure.add_trace(_shares(e.round, e.jacobi.acceptance))
-    figure.update_yaxes(range=[0, 103])
-    return Picture(
+    return _by_position(
+        [(e.round, e.jacobi.acceptance) for e in evaluations],
         "What a forward pass adds while decoding",
         "Share of the forward passes on held-out prompts that wrote at least so many tokens. Ordinary decoding always "
         "writes one; the area under a line is the model's tokens per forward.",
-        _labelled(figure, "tokens written by one forward pass", "forward passes, %"),
+        "tokens written by one forward pass",
+        "forward passes, %",
     )
+
+
+def _by_position(lines: Sequence[tuple[int, Sequence[float]]], title: str, text: str, x: str, y: str) -> Picture:
+    """A line for each model: its share (0 to 1) at position 1, 2, …, in percent."""
+    figure = go.Figure()
+    for model, shares in lines:
+        figure.add_trace(
+            go.Scatter(
+                x=list(range(1, len(shares) + 1)),
+                y=[100 * share for share in shares],
+                mode="lines+markers",
+                name=model_name(model),
+                line={"color": _colour(model), "width": 3},
+            )
+        )
+    figure.update_yaxes(range=[0, 103])
+    return Picture(title, text, _labelled(figure, x, y))
 
 
 def throughput(rates: Sequence[Rate]) -> Picture:
