@@ -54,6 +54,14 @@ def _refused_stages(config: Config, shape: ModelShape, machines: Machines) -> It
             yield _too_little_gpu_memory(config, shape, machines, stage, need)
         elif stage == "train":
             yield from _too_little_host_memory(config, shape, machines, stage, placed.workers, Need({}))
+    together = config.needs("gpus_per_worker")
+    if config.overlap == "pipelined" and together > machines.gpus:
+        yield Refusal(
+            "overlap",
+            f"pipelined rounds collect and train at once, for which the workers need {math.ceil(together)} GPUs and "
+            f"{machines.name} has {machines.gpus}: set overlap=alternate, lower collect.workers or train.workers, or "
+            "add GPUs",
+        )
 
 
 def train_nodes(config: Config, machines: Machines) -> int:

@@ -149,17 +149,21 @@ def training(config: Config, shape: ModelShape, nodes: int) -> tuple[Need, Need]
     return Need({"offloaded and initial states": host_states, "processes": ranks * PROCESS_BYTES}), device
 
 
+def _models(config: Config) -> int:
+    """Models that a collector holds: the newest, and the base where that one writes responses for it."""
+    return 1 if config.collect.responses == "self" or config.rounds == 1 else 2
+
+
 def collecting(config: Config, shape: ModelShape, prompt_tokens: int = PROMPT_TOKENS) -> Need:
     """What one collector holds on its device: one or two models, the responses' cache and one wave of trajectories."""
     settings, e = config.collect, element_bytes(config)
-    models = 1 if settings.responses == "self" or config.rounds == 1 else 2
     stream = prompt_tokens + settings.max_new_tokens
     wave = max(settings.forward_tokens, WAVE_TOKENS, stream)
     forward = max(settings.forward_tokens, stream)
     logit = SAMPLED_LOGIT_BYTES if settings.temperature > 0 else e
     return Need(
         {
-            "weights": models * shape.parameters * e,
+            "weights": _models(config) * shape.parameters * e,
             "cache of responses": settings.batch_prompts * stream * shape.kv_bytes(e),
             "cache of trajectories": wave * shape.kv_bytes(e),
             "activations": forward * e * (3 * shape.intermediate + 4 * shape.hidden),
@@ -169,13 +173,13 @@ def collecting(config: Config, shape: ModelShape, prompt_tokens: int = PROMPT_TO
 
 
 def evaluating(config: Config, shape: ModelShape, prompt_tokens: int = PROMPT_TOKENS) -> Need:
-    """What one evaluator holds on its device."""
+    """What one evaluator holds on its device; in pipelined rounds it is a collector that keeps its models."""
     settings, e = config.evaluate, element_bytes(config)
     stream = prompt_tokens + settings.max_new_tokens
     drafted = settings.decoding.block_size * settings.decoding.blocks
     return Need(
         {
-            "weights": shape.parameters * e,
+            "weights": (_models(config) if config.overlap == "pipelined" else 1) * shape.parameters * e,
             "cache of responses": settings.batch_prompts * (stream + drafted) * shape.kv_bytes(e),
             "logits": settings.batch_prompts * drafted * shape.vocabulary * e,
         }

@@ -71,6 +71,15 @@ def test_more_gpus_are_asked_for_where_nothing_else_helps(planned: Callable[...,
     assert refusals["train.zero.offload"].startswith("to train needs about 3,5")
 
 
+def test_pipelined_rounds_need_the_gpus_of_both_stages(planned: Callable[..., Config]) -> None:
+    config = planned("7B", overlap="pipelined")
+    shape = read_shape(config)
+    (refusal,) = refused_on(config, shape, Machines.thought_of("8xH100"))
+    assert refusal.setting == "overlap" and "need 16 GPUs and 8xH100 has 8: set overlap=alternate" in refusal.reason
+    assert not list(refused_on(config, shape, Machines.thought_of("16xH100")))
+    assert not list(refused_on(planned("7B"), shape, Machines.thought_of("8xH100")))
+
+
 @pytest.mark.parametrize(
     ("on", "changes", "setting"),
     [
