@@ -19,6 +19,12 @@ from jf_cluster.models import end_ids, load_checkpoint, tokenizer_of, use_cpu
 
 logger = logging.getLogger(__name__)
 
+CORES = torch.get_num_threads()
+"""torch's own choice: the physical cores this process may use, or what OMP_NUM_THREADS says."""
+PARAMETERS_PER_THREAD = 10_000_000
+"""Threads that share a forward of a few milliseconds save next to nothing on a quiet machine, and on a busy one each
+operation waits for the slowest of them: a model of 2.4 million went from 71 tokens/s to 1 with a second thread."""
+
 CALIBRATION_PROMPTS = (
     "What can you help me with?",
     "Explain in a few sentences how a refrigerator works.",
@@ -131,7 +137,8 @@ def load(
 ) -> Loaded:
     """Load the model ``path`` names, a directory or a hub id, on ``device`` (default: a GPU where there is one).
 
-    On a CPU the process computes with ``threads`` threads from now on (default: as many as torch would take).
+    On a CPU the process computes with ``threads`` threads from now on (default: the physical cores, or as many as
+    OMP_NUM_THREADS says, but no more than the model has work for).
 
     Raises:
         ModelError: model or tokenizer are missing or cannot be read, or no end token is known.
@@ -141,7 +148,7 @@ def load(
         raise ConfigError(f"unknown dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place == "cpu":
-        use_cpu(threads or torch.get_num_threads())
+        use_cpu(threads or CORES)
     try:
         model = load_checkpoint(
             path,
@@ -151,6 +158,8 @@ def load(
         )
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there
         raise ConfigError(f"device {place!r} cannot be used: {error}") from error
+    if place == "cpu" and threads is None:
+        torch.set_num_threads(max(1, min(CORES, model.num_parameters() // PARAMETERS_PER_THREAD)))
     tokenizer = tokenizer_of(path, trust_remote_code)
     return Loaded(model, tokenizer, tuple(end_ids(model, tokenizer)))
 

@@ -23,7 +23,8 @@ class LoadOptions:
 
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto"
     threads: Annotated[
-        int | None, typer.Option(min=1, help="torch's threads on a CPU. Default: its physical cores; of serve: --cpus.")
+        int | None,
+        typer.Option(min=1, help="Threads on a CPU. Default: its cores, few for a small model; serve: --cpus."),
     ] = None
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")

@@ -8,12 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from jf_cluster.__main__ import app
+from jf_cluster.inference import loaded as loading
 from jf_cluster.inference.chat import SHADES, answers, converse
-from jf_cluster.inference.loaded import Loaded, Settings
+from jf_cluster.inference.loaded import Loaded, Settings, load
 from jf_cluster.jacobi.decoding import generate
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
 from jf_cluster.jacobi.sampling import GREEDY
@@ -24,6 +26,21 @@ SETTINGS = Settings(Drafting("jacobi", 8), GREEDY, max_new_tokens=24)
 def expected_text(loaded: Loaded, ids: list[int], tokens: int = 24) -> str:
     (made,) = generate(loaded.model, [ids], max_new_tokens=tokens, end_ids=loaded.end_ids, drafting=AUTOREGRESSIVE)
     return loaded.decode(made.tokens)
+
+
+def test_a_small_model_gets_one_thread_unless_told_otherwise(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setattr(loading, "CORES", 2)
+        load(str(directory), device="cpu", threads=2)
+        assert torch.get_num_threads() == 2
+        load(str(directory), device="cpu")
+        assert torch.get_num_threads() == 1
+        monkeypatch.setattr(loading, "PARAMETERS_PER_THREAD", 1000)
+        load(str(directory), device="cpu")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_every_forwards_run_is_shaded_and_counted(loaded: Loaded) -> None:
