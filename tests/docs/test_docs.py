@@ -26,7 +26,7 @@ from jf_cluster.config_reference import reference
 ROOT = Path(__file__).parent.parent.parent
 SMALL = (
     "prompts.per_round=16 prompts.held_out=8 evaluate.prompts=6 evaluate.speed_prompts=2 evaluate.max_new_tokens=48 "
-    "collect.max_new_tokens=48 train.steps=3 train.warmup_steps=1"
+    "collect.max_new_tokens=48 collect.workers=1 train.workers=1 train.steps=3 train.warmup_steps=1"
 )
 BLOCK = re.compile(r"^(?:<!-- (\w+) -->\n)?```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
@@ -71,6 +71,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
 def test_every_shell_block_runs(clone: Path, page: str) -> None:
     found = list(BLOCK.finditer((ROOT / page).read_text()))
@@ -105,7 +106,7 @@ def _shell(clone: Path, script: str) -> subprocess.Popen[str]:
 def _run(clone: Path, script: str) -> None:
     process = _shell(clone, script)
     try:
-        output, _ = process.communicate(timeout=500)
+        output, _ = process.communicate(timeout=800)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
