@@ -1,0 +1,40 @@
+"""How ``make test`` shares the tests out between two processes: what belongs into one, and what comes first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+FIXED_PORTS = "what people type"
+TOGETHER = {
+    # The cluster's dashboard, the model server and MLflow have one port each there: one after the other.
+    "tests/docs/test_docs.py::test_every_shell_block_runs": FIXED_PORTS,
+    "tests/flow/test_commands.py::test_a_job_runs_as_typed": FIXED_PORTS,
+    # Folders whose tests share a Ray, ranks or a server; elsewhere the tests of a file share what they need.
+    **{f"tests/{folder}/": folder for folder in ("flow", "train", "dashboard", "inference", "deploy")},
+}
+"""How the id of a test begins → the group it belongs to, the longest groups first; they are begun in this order."""
+
+
+def _group(nodeid: str) -> str:
+    return next((group for start, group in TOGETHER.items() if nodeid.startswith(start)), nodeid.split("::")[0])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    # Groups of its own (--dist loadgroup) pytest-xdist 3.8 writes where pytest 9.2 no longer reads them.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    config.option.loadscopereorder = False  # it would begin with the group of most tests, not with the longest
+    return Groups(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes
+        order = list(dict.fromkeys(TOGETHER.values()))
+        items.sort(key=lambda item: order.index(_group(item.nodeid)) if _group(item.nodeid) in order else len(order))
