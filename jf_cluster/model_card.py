@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jf_cluster.whole_files import write_whole
+
 if TYPE_CHECKING:
     from jf_cluster.evaluate.evaluation import Evaluation
 
@@ -76,7 +78,7 @@ def write_card(
         measured=_measured(evaluations, dtype) if evaluations else "Not evaluated yet.",
     )
     card = directory / CARD
-    card.write_text(text)
+    write_whole(card, text)  # the card of a published model is replaced after its evaluation
     return card
 
 

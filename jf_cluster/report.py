@@ -12,6 +12,7 @@ from rich.table import Table
 from jf_cluster.config import Config
 from jf_cluster.evaluate.comparison import compare, comparison_table, modes_table
 from jf_cluster.evaluate.evaluation import load_evaluation
+from jf_cluster.whole_files import write_whole
 from trajectory_store import TrajectoryStore
 
 TABLE_WIDTH = 150
@@ -89,10 +90,7 @@ def _seconds(path: Path) -> float | None:
 def write_report(config: Config) -> list[Row]:
     """Write report.json in one atomic step and give its rows."""
     rows = rows_of(config)
-    path = config.run_dir / "report.json"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"rounds": [asdict(row) for row in rows]}, indent=1) + "\n")
-    draft.replace(path)
+    write_whole(config.run_dir / "report.json", json.dumps({"rounds": [asdict(row) for row in rows]}, indent=1) + "\n")
     return rows
 
 

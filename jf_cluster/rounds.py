@@ -27,7 +27,8 @@ from jf_cluster.preflight import check, check_cluster
 from jf_cluster.report import print_evaluation, print_table
 from jf_cluster.run_log import kept_log
 from jf_cluster.tracking import Tracker
-from jf_cluster.train import train_round
+from jf_cluster.train import drop_leftovers, train_round
+from jf_cluster.whole_files import write_whole
 from trajectory_store import TrajectoryStore
 
 logger = logging.getLogger(__name__)
@@ -187,6 +188,7 @@ def opened(config: Config) -> Iterator[Rounds]:
     resolve(config.model.base)
     with _claimed(config), kept_log(config.run_dir), Tracker.open(config) as tracker, ExitStack() as ray:
         tracker.close_abandoned()
+        drop_leftovers(config)
         yield Rounds(config, tracker, ray)
 
 
@@ -240,9 +242,7 @@ def _record(config: Config) -> None:
                 )
             )
         rounds = max(rounds, int(begun.get("rounds", 0)))
-    draft = path.with_suffix(".tmp")
-    draft.write_text(config.model_copy(update={"rounds": rounds}).to_yaml())
-    draft.replace(path)
+    write_whole(path, config.model_copy(update={"rounds": rounds}).to_yaml())
 
 
 def _is_operational(key: str) -> bool:

@@ -16,7 +16,7 @@ _TAIL_BYTES = 64 * 1024
 @contextmanager
 def kept_log(run_dir: Path) -> Iterator[None]:
     """Append the project's messages to the run's log while the block lasts, one line each."""
-    handler = logging.FileHandler(run_dir / FILE)
+    handler = _Quiet(run_dir / FILE)
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     loggers = [logging.getLogger(name) for name in ("jf_cluster", "trajectory_store")]
     for logger in loggers:
@@ -44,6 +44,11 @@ def last_troubles(run_dir: Path, count: int) -> list[str]:
         stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         lines = stream.read().decode(errors="replace").splitlines()
     return [line for line in lines if _LINE.fullmatch(line)][-count:]
+
+
+class _Quiet(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Leave the line out: on a full disk, logging's own tracebacks would bury what the terminal is told."""
 
 
 class _OneLine(logging.Formatter):

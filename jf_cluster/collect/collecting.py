@@ -30,6 +30,7 @@ from jf_cluster.evaluate.graders.sandbox import SandboxError
 from jf_cluster.models import ModelError, load_tokenizer, model_hash, resolve, tokenizer_hash
 from jf_cluster.progress import meter
 from jf_cluster.tracking import StageRun, Tracker
+from jf_cluster.whole_files import write_whole
 from trajectory_store import Manifest, Provenance, Round, StoreError, TrajectoryStore, order_windows
 
 logger = logging.getLogger(__name__)
@@ -266,7 +267,7 @@ class Summary:
     def add(self, seconds: float, counts: Counts, troubles: Troubles) -> None:
         """Record an attempt, ended or interrupted."""
         self.attempts.append({"seconds": seconds, **asdict(troubles), **asdict(counts)})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps({"seconds": self.seconds, "attempts": self.attempts}, indent=1) + "\n")
-        draft.replace(self.path)
+        try:
+            write_whole(self.path, json.dumps({"seconds": self.seconds, "attempts": self.attempts}, indent=1) + "\n")
+        except OSError as error:  # must not hide what ended the attempt
+            logger.warning("what this attempt took is not recorded: %s", error)

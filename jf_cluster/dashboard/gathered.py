@@ -13,7 +13,7 @@ from jf_cluster.evaluate.evaluation import Evaluation, load_evaluation
 from jf_cluster.evaluate.looking import Look, load_look
 from jf_cluster.models import load_tokenizer
 from jf_cluster.tracking.stage_run import first_line
-from jf_cluster.tracking.store import KEY, ROUND, STAGE, client
+from jf_cluster.tracking.store import KEY, ROUND, STAGE, client, refusals
 from jf_cluster.tracking.tracker import Tracker
 from trajectory_store import Trajectory, TrajectoryReader, TrajectoryStore
 
@@ -106,8 +106,6 @@ def _collected(config: Config, model: int, reader: TrajectoryReader) -> Collecte
 
 
 def _rates(tracker: Tracker) -> tuple[Rate, ...]:
-    from mlflow.exceptions import MlflowException
-
     if tracker.run_id is None:
         return ()
     points = []
@@ -117,7 +115,7 @@ def _rates(tracker: Tracker) -> tuple[Rate, ...]:
             if metric := RATES.get(run.data.tags[STAGE]):
                 history = mlflow.get_metric_history(run.info.run_id, metric)
                 points += [(p.timestamp, int(run.data.tags[ROUND]), run.data.tags[STAGE], p.value) for p in history]
-    except (MlflowException, OSError) as error:
+    except refusals() as error:
         logger.warning("MLflow at %s: no rates (%s)", tracker.uri, first_line(error))
     points.sort()
     return tuple(Rate(r, stage, (t - points[0][0]) / 1000, value) for t, r, stage, value in points)

@@ -16,7 +16,7 @@ from jf_cluster.config import Config
 from jf_cluster.evaluate.evaluation import MODES, Evaluation, load_evaluation
 from jf_cluster.model_card import CARD
 from jf_cluster.tracking.stage_run import first_line
-from jf_cluster.tracking.store import KEY, ROUND, client, experiment_name, is_server
+from jf_cluster.tracking.store import KEY, ROUND, client, experiment_name, is_server, refusals
 from jf_cluster.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -54,8 +54,6 @@ def registered_name(config: Config) -> str:
 
 def register(config: Config, tracker: Tracker, last_round: int) -> None:
     """Bring the registry up to what rounds 1 to ``last_round`` have put out; never fails because MLflow does."""
-    from mlflow.exceptions import MlflowException
-
     found = [e for r in range(last_round + 1) if (e := load_evaluation(config, r)) is not None]
     models = [e for e in found if e.round > 0 and Path(config.model_dir(e.round)).is_dir()]
     if not models or tracker.run_id is None:
@@ -75,7 +73,7 @@ def register(config: Config, tracker: Tracker, last_round: int) -> None:
             if str(present.get(alias)) != str(known[round_number].version):
                 mlflow.set_registered_model_alias(name, alias, known[round_number].version)
                 logger.info("models:/%s@%s is now model %d", name, alias, round_number)
-    except (MlflowException, OSError) as error:
+    except refusals() as error:
         logger.warning("MLflow at %s: models are not registered (%s)", tracker.uri, first_line(error))
 
 

@@ -11,6 +11,7 @@ from jf_cluster.dashboard.page import page
 from jf_cluster.dashboard.registry import register
 from jf_cluster.report import Row, write_report
 from jf_cluster.tracking import Tracker
+from jf_cluster.whole_files import write_whole
 
 
 def show(config: Config, tracker: Tracker) -> list[Row]:
@@ -31,9 +32,7 @@ def show(config: Config, tracker: Tracker) -> list[Row]:
     last = last_round(config)
     found = gather(config, tracker, last)
     path = overview_path(config)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(page(found))
-    draft.replace(path)
+    write_whole(path, page(found))
     for artifact in (path, config.run_dir / "report.json", config.run_dir / "config.yaml"):
         if artifact.is_file():
             tracker.parent.artifact(artifact)

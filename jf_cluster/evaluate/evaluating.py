@@ -73,10 +73,10 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker, crew: Cr
             rejected=len(asked) - len(answered),
             seconds=time.monotonic() - begun,
         )
-        path = save_evaluation(config, found)
         _tell_on_the_card(config, found, base)
         stage.tags({"model_hash": found.model_hash, "passed": found.passed, "verdict": found.reason})
         stage.metrics(_metrics(found))
+        path = save_evaluation(config, found)  # after it nothing of this stage is made again
         stage.artifact(path)
         if round_number > 0:
             stage.artifact(Path(config.model_dir(round_number)) / CARD)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jf_cluster.config import Config, Task
+from jf_cluster.whole_files import write_whole
 
 Mode = Literal["ar", "jacobi", "multiblock"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -138,8 +139,5 @@ def load_evaluation(config: Config, round_number: int) -> Evaluation | None:
 def save_evaluation(config: Config, evaluation: Evaluation) -> Path:
     """Write an evaluation in one atomic step."""
     path = evaluation_path(config, evaluation.round)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(evaluation.model_dump_json(indent=1) + "\n")
-    draft.replace(path)
+    write_whole(path, evaluation.model_dump_json(indent=1) + "\n")
     return path

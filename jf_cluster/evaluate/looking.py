@@ -18,6 +18,7 @@ from jf_cluster.jacobi.calibration import Measured, Survey
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
 from jf_cluster.jacobi.sampling import prompt_key
 from jf_cluster.jacobi.watching import Watched, watch
+from jf_cluster.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +98,7 @@ def look_at(config: Config, round_number: int, prompts: Sequence[Prompt], crew: 
         logger.warning("no pictures of how model %d decodes: %s", round_number, str(error).splitlines()[0])
         return None
     path = _path(config, round_number)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_bytes(_FILE.dump_json(seen, indent=1))
-    draft.replace(path)
+    write_whole(path, _FILE.dump_json(seen, indent=1))
     return path
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import time
@@ -17,6 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+
+from jf_cluster.whole_files import write_whole
+
+logger = logging.getLogger(__name__)
 
 FILE = "activity-{stage}.json"
 WRITE_EVERY_S = 1.0
@@ -83,9 +88,10 @@ class Activity:
 
     def write(self) -> None:
         self._written = time.monotonic()
-        draft = self._path.with_suffix(".tmp")
-        draft.write_text(json.dumps(asdict(self._now)) + "\n")
-        draft.replace(self._path)
+        try:
+            write_whole(self._path, json.dumps(asdict(self._now)) + "\n")
+        except OSError as error:  # what the work itself meets there is for the work to tell
+            logger.debug("status is not up to date: %s", error)
 
 
 @contextmanager

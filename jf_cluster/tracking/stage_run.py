@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jf_cluster.tracking.activity import Activity
-from jf_cluster.tracking.store import client
+from jf_cluster.tracking.store import client, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,9 @@ class StageRun:
     @classmethod
     def attach(cls, uri: str, run_id: str | None, journal: str | Path, *, quiet: bool = False) -> StageRun:
         """Log to an existing run from another thread or process; ``quiet`` where another one warns already."""
-        return cls(uri, run_id, Path(journal), _warned=quiet)
+        run = cls(uri, run_id, Path(journal), _warned=quiet)
+        run.take_over()
+        return run
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Record numbers at a step."""
@@ -97,13 +100,11 @@ class StageRun:
 
     def steps_of(self, metric: str) -> set[int]:
         """Steps at which ``metric`` was recorded, so that nothing is recorded twice; empty where nobody answers."""
-        from mlflow.exceptions import MlflowException
-
         if self.run_id is None:
             return set()
         try:
             history = client(self.uri).get_metric_history(self.run_id, metric)
-        except (MlflowException, OSError) as error:
+        except refusals() as error:
             logger.warning("MLflow at %s: no history of %s (%s)", self.uri, metric, first_line(error))
             return set()
         return {point.step for point in history}
@@ -115,27 +116,24 @@ class StageRun:
         if self.run_id is None or time.monotonic() < self._not_before:
             self._keep("no run could be created")
             return
-        from mlflow.exceptions import MlflowException
-
         try:
             while self._unsent:
                 batch = self._batch()
                 _send(self.uri, self.run_id, batch)
                 del self._unsent[: len(batch)]
                 self._kept = max(0, self._kept - len(batch))
-        except (MlflowException, OSError) as error:
+        except refusals() as error:
             self._not_before = time.monotonic() + RETRY_AFTER_S
             self._keep(first_line(error))
             return
         self._sent_at = time.monotonic()
         self.journal.unlink(missing_ok=True)
 
-    def replay(self) -> None:
-        """Send what an earlier process had to keep in the journal."""
-        entries = [json.loads(line) for line in self.journal.read_text().splitlines()]
-        self._unsent = [Entry(**entry) for entry in entries] + self._unsent
-        self._kept = len(entries)
-        self.flush()
+    def take_over(self) -> None:
+        """Have what an earlier run of the stage had to keep in the journal sent before anything else."""
+        if self.journal.exists():
+            self._unsent = _entries(self.journal)
+            self._kept = len(self._unsent)
 
     def _log(self, entry: Entry) -> None:
         self._unsent.append(entry)
@@ -156,10 +154,39 @@ class StageRun:
         if not self._warned:
             self._warned = True
             logger.warning("MLflow at %s does not answer (%s); metrics are kept in %s", self.uri, reason, self.journal)
-        self.journal.parent.mkdir(parents=True, exist_ok=True)
-        with self.journal.open("a") as stream:
-            stream.writelines(json.dumps(asdict(entry)) + "\n" for entry in self._unsent[self._kept :])
+        try:
+            _append(self.journal, [json.dumps(asdict(entry)) for entry in self._unsent[self._kept :]])
+        except OSError as error:  # a full disk; they wait in memory, and what it means for the run others tell
+            logger.debug("metrics are not kept: %s", error)
+            return
         self._kept = len(self._unsent)
+
+
+def _append(journal: Path, lines: list[str]) -> None:
+    """Add whole lines: none of them where that fails, and none to a line that a killed process left unfinished."""
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with journal.open("a+b", buffering=0) as stream:
+        end = stream.seek(0, os.SEEK_END)
+        if end:
+            stream.seek(end - 1)
+        unfinished = stream.read() not in (b"", b"\n")
+        left = ("\n" * unfinished + "".join(f"{line}\n" for line in lines)).encode()
+        try:
+            while left:
+                left = left[stream.write(left) :]
+        except OSError:
+            stream.truncate(end)
+            raise
+
+
+def _entries(journal: Path) -> list[Entry]:
+    entries = []
+    for line in journal.read_text().splitlines():
+        try:
+            entries.append(Entry(**json.loads(line)))
+        except ValueError:  # the last one of a process that was killed while it wrote
+            logger.warning("%s: a line is incomplete and left out", journal)
+    return entries
 
 
 def first_line(error: Exception) -> str:

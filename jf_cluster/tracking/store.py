@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from jf_cluster.config import Config
+from jf_cluster.whole_files import write_whole
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -44,6 +45,14 @@ def client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What a store that cannot be used raises: MLflow lets some errors of its data base through, a full disk's too."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError
+
+
 def experiment_id(uri: str, name: str, runs_dir: Path) -> str:
     """Id of the experiment, created when missing; safe when several processes do so at once."""
     from mlflow.exceptions import MlflowException
@@ -73,7 +82,7 @@ def run_key(run_dir: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
         if not path.exists():
-            path.write_text(uuid.uuid4().hex)
+            write_whole(path, uuid.uuid4().hex)
         return path.read_text()
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self, get_args
@@ -15,7 +15,17 @@ from typing import Literal, Self, get_args
 from jf_cluster.config import Config
 from jf_cluster.tracking.activity import working
 from jf_cluster.tracking.stage_run import StageRun, Status, first_line
-from jf_cluster.tracking.store import KEY, ROUND, STAGE, client, experiment_id, experiment_name, run_key, tracking_uri
+from jf_cluster.tracking.store import (
+    KEY,
+    ROUND,
+    STAGE,
+    client,
+    experiment_id,
+    experiment_name,
+    refusals,
+    run_key,
+    tracking_uri,
+)
 from jf_cluster.tracking.system import system_metrics
 
 logger = logging.getLogger(__name__)
@@ -36,6 +46,8 @@ class Tracker:
     run_key: str
     experiment_id: str | None = None
     run_id: str | None = None
+    _active: set[str] = field(default_factory=set)
+    """Stages that go on, two in pipelined rounds: their journals are their own."""
 
     @classmethod
     def open(cls, config: Config) -> Tracker:
@@ -51,27 +63,25 @@ class Tracker:
             run_name=config.name,
             run_key=run_key(config.run_dir),
         )
-        tracker._connect(config)
+        try:
+            tracker._connect()
+        except refusals() as error:
+            logger.warning("MLflow at %s cannot be used (%s); the run goes on", tracker.uri, first_line(error))
+        tracker.parent.params(config.model_dump(mode="json"))
         return tracker
 
-    def _connect(self, config: Config) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self.experiment_id = experiment_id(self.uri, self.experiment, config.runs_dir)
-            tags = {KEY: self.run_key, STAGE: PARENT}
-            known = self._find(tags)
-            self.run_id = self._again(known) if known else self._create(tags, self.run_name)
-            self._replay()
-        except (MlflowException, OSError) as error:
-            logger.warning("MLflow at %s cannot be used (%s); the run goes on", self.uri, first_line(error))
-            return
-        self.parent.params(config.model_dump(mode="json"))
+    def _connect(self) -> None:
+        """Find or create the parent run, and send what earlier processes kept while the store did not answer."""
+        self.experiment_id = experiment_id(self.uri, self.experiment, self.run_dir.parent)
+        tags = {KEY: self.run_key, STAGE: PARENT}
+        known = self._find(tags)
+        self.run_id = self._again(known) if known else self._create(tags, self.run_name)
+        self._replay()
 
     @cached_property
     def parent(self) -> StageRun:
         """The distillation's own run."""
-        return StageRun(self.uri, self.run_id, self._journal(PARENT))
+        return StageRun.attach(self.uri, self.run_id, self._journal(PARENT), quiet=self.run_id is None)
 
     @contextmanager
     def stage(self, round_number: int, name: StageName) -> Iterator[StageRun]:
@@ -79,19 +89,20 @@ class Tracker:
 
         While it lasts, the machines' load is recorded in it, and ``status`` says what it is doing.
         """
-        from mlflow.exceptions import MlflowException
-
+        self._catch_up()
         run_id = None
         title = f"round-{round_number:03d}-{name}"
         if self.run_id is not None:
             try:
                 known = self.stage_run(round_number, name)
                 run_id = self._again(known) if known else self._new_stage_run(round_number, name)
-            except (MlflowException, OSError) as error:
+            except refusals() as error:
                 logger.warning("MLflow at %s: no run for %s (%s)", self.uri, title, first_line(error))
         status: Status = "FAILED"
+        self._active.add(title)
         with working(self.run_dir, round_number, name) as activity:
             stage = StageRun(self.uri, run_id, self._journal(title), activity)
+            stage.take_over()
             try:
                 with system_metrics(stage):
                     yield stage
@@ -101,9 +112,11 @@ class Tracker:
                 raise
             finally:
                 stage.end(status)
+                self._active.discard(title)
 
     def finish(self, status: Status = "FINISHED") -> None:
         """Mark the parent run ended."""
+        self._catch_up()
         self.parent.end(status)
 
     def close_abandoned(self) -> None:
@@ -111,8 +124,6 @@ class Tracker:
 
         A stage that is resumed runs again; one whose output had just appeared would look busy for ever.
         """
-        from mlflow.exceptions import MlflowException
-
         if self.run_id is None or self.experiment_id is None:
             return
         try:
@@ -122,7 +133,7 @@ class Tracker:
             for run_id in left:
                 if run_id != self.run_id:
                     mlflow.set_terminated(run_id, "KILLED")
-        except (MlflowException, OSError) as error:
+        except refusals() as error:
             logger.warning("MLflow at %s does not answer (%s)", self.uri, first_line(error))
 
     def __enter__(self) -> Self:
@@ -134,14 +145,25 @@ class Tracker:
     def _journal(self, title: str) -> Path:
         return self.run_dir / "tracking" / f"{title}.jsonl"
 
+    def _catch_up(self) -> None:
+        """Between stages, try again with what could not be sent or created before."""
+        try:
+            if self.run_id is None:
+                self._connect()
+                self.parent.run_id = self.run_id
+            else:
+                self._replay()
+        except refusals() as error:
+            logger.debug("MLflow at %s still does not answer (%s)", self.uri, first_line(error))
+
     def _replay(self) -> None:
-        """Send what earlier processes kept while the store did not answer."""
+        """Send what stages of this and earlier processes kept while the store did not answer."""
         for journal in sorted((self.run_dir / "tracking").glob("*.jsonl")):
-            run_id = self.run_id
-            if found := re.match(r"round-(\d+)-([a-z]+)\b", journal.name):
+            found = re.match(r"round-(\d+)-([a-z]+)\b", journal.name)
+            if found and found[0] not in self._active:
                 name = next(stage for stage in STAGES if stage == found[2])
                 run_id = self.stage_run(int(found[1]), name) or self._new_stage_run(int(found[1]), name)
-            StageRun(self.uri, run_id, journal).replay()
+                StageRun.attach(self.uri, run_id, journal).flush()
 
     def stage_run(self, round_number: int, name: StageName) -> str | None:
         """Id of a stage's run, None where there is none."""

@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +69,14 @@ def kept(checkpoints: Sequence[Checkpoint], keep: int) -> set[Checkpoint]:
     return {*checkpoints[-keep:], best(checkpoints)}
 
 
+def drop_others(directory: Path, keep: Collection[Checkpoint]) -> None:
+    """Remove all checkpoints but ``keep``, and what never became one; for the only process that writes here."""
+    names = {checkpoint.name for checkpoint in keep}
+    for path in directory.iterdir():
+        if path.is_dir() and path.name not in names:
+            shutil.rmtree(path)
+
+
 class CheckpointWriter:
     """Saves a training's checkpoints; all ranks call its methods together.
 
@@ -114,10 +122,7 @@ class CheckpointWriter:
             stream.flush()
             os.fsync(stream.fileno())
         marker.rename(target / _COMPLETE)
-        names = {c.name for c in kept(whole_checkpoints(self._directory), self._keep)}
-        for path in self._directory.iterdir():
-            if path.is_dir() and path.name not in names:
-                shutil.rmtree(path)
+        drop_others(self._directory, kept(whole_checkpoints(self._directory), self._keep))
 
     def close(self) -> None:
         """Settle and end DeepSpeed's writer process, if there is one."""

@@ -8,14 +8,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.feather as feather
-import ray.train
-from ray.train.torch import TorchTrainer
 
 from jf_cluster import __version__
 from jf_cluster.config import Config
@@ -24,9 +22,10 @@ from jf_cluster.stopping import Terminated, stops_through
 from jf_cluster.tracking import StageRun, Tracker
 from jf_cluster.train.guard import Skip, read_skips
 from jf_cluster.train.progress import followed
-from jf_cluster.train.rendezvous import RendezvousConfig
+from jf_cluster.train.ranks import TrainingError, run_ranks
 from jf_cluster.train.steps_log import read_steps
-from jf_cluster.train.worker import RankJob, train_rank
+from jf_cluster.train.worker import RankJob
+from jf_cluster.whole_files import write_whole
 from trajectory_store import Manifest, Provenance, SealedRows, TrajectoryStore
 from trajectory_store.rows import digest_of
 
@@ -40,12 +39,10 @@ _PLACEMENT = {
 """Training settings that decide where and how safely the weights of each step are computed, not what they become."""
 
 
+_PROMPT_IDS = ".prompts.arrow"
+
 _COLLECTED = {"block_size", "max_new_tokens", "responses", "temperature"}
 """Settings of collecting that decide what the trajectories are."""
-
-
-class TrainingError(RuntimeError):
-    """A round that cannot be trained; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def train_round(config: Config, round_number: int, tracker: Tracker, arriving: A
         skips=str(training / f"{name}.skipped.jsonl"),
         stop=str(stop_request(config, round_number)),
         export=str(partial),
-        prompt_ids=_write_ids(arriving, training / f"{name}.prompts.arrow") if arriving else None,
+        prompt_ids=_write_ids(arriving, training / f"{name}{_PROMPT_IDS}") if arriving else None,
     )
     earlier_s = sum(record.seconds for record in read_steps(Path(job.steps_log)))  # of an interrupted attempt
     with tracker.stage(round_number, "train") as stage, stops_through(Path(job.stop)):
@@ -112,9 +109,7 @@ def train_round(config: Config, round_number: int, tracker: Tracker, arriving: A
         stage.metrics({"train/stage_seconds": float(summary["seconds"])}, step=config.train.steps)
         stage.tags({"model_hash": model_hash(str(target))})
         stage.artifact(training / f"{name}.json")
-    if job.prompt_ids:
-        Path(job.prompt_ids).unlink()
-    shutil.rmtree(checkpoints)  # the next round starts from the export; a checkpoint of ZeRO-3 is six times its size
+    drop_leftovers(config)
     logger.info(
         "round %d trained: %d steps in %.0f s → %s", round_number, config.train.steps, summary["seconds"], target
     )
@@ -123,6 +118,18 @@ def train_round(config: Config, round_number: int, tracker: Tracker, arriving: A
 def stop_request(config: Config, round_number: int) -> Path:
     """A file that asks the ranks of a round to save and return after the step they are in."""
     return config.run_dir / "training" / f"{Path(config.model_dir(round_number)).name}.stop"
+
+
+def drop_leftovers(config: Config) -> None:
+    """Remove what a training needed on its way from rounds whose model is published.
+
+    The next round starts from the export, and a checkpoint of ZeRO-3 is six times its size. A process killed right
+    after publishing leaves it to the next.
+    """
+    for directory in (config.run_dir / "checkpoints").glob("round-*"):
+        if (config.run_dir / "models" / directory.name).is_dir():
+            shutil.rmtree(directory)
+            (config.run_dir / "training" / f"{directory.name}{_PROMPT_IDS}").unlink(missing_ok=True)
 
 
 def _anchored(config: Config) -> Config:
@@ -204,7 +211,7 @@ def _train_to_the_end(config: Config, job: RankJob, storage: Path, stage: StageR
         skips = read_skips(Path(job.skips), job.identity)
         if skips:
             _report_skips(config, job, skips, stage)
-        _run_ranks(config, job, storage)
+        run_ranks(config, job, storage)
         if Path(job.stop).exists():
             raise Terminated
 
@@ -226,35 +233,6 @@ def _report_skips(config: Config, job: RankJob, skips: list[Skip], stage: StageR
     )
 
 
-def _run_ranks(config: Config, job: RankJob, storage: Path) -> None:
-    train = config.train
-    resources = {"CPU": train.cpus_per_worker}
-    if train.gpus_per_worker > 0:
-        resources["GPU"] = train.gpus_per_worker
-    shutil.rmtree(storage, ignore_errors=True)  # Ray Train's own bookkeeping of an earlier, killed start
-    trainer = TorchTrainer(
-        train_rank,
-        train_loop_config=asdict(job),
-        torch_config=RendezvousConfig(),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=train.workers, use_gpu=train.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"round-{job.round_number:03d}",
-            storage_path=str(storage),
-            failure_config=ray.train.FailureConfig(max_failures=train.max_restarts),
-        ),
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise TrainingError(
-            f"training round {job.round_number} failed after {train.max_restarts} restart(s); the same command goes on "
-            f"from the last checkpoint once the cause is removed: {error}"
-        ) from error
-    shutil.rmtree(storage, ignore_errors=True)
-
-
 def _write_lineage(config: Config, round_number: int, parent_hash: str, trajectories: str, partial: Path) -> None:
     lineage = {
         "base_model": config.model.path,
@@ -265,7 +243,7 @@ def _write_lineage(config: Config, round_number: int, parent_hash: str, trajecto
         "jf_cluster": __version__,
         "config": config.model_dump(mode="json"),
     }
-    (partial / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
+    write_whole(partial / "lineage.json", json.dumps(lineage, indent=2) + "\n")
 
 
 def _write_summary(config: Config, job: RankJob, path: Path, seconds: float) -> dict[str, float]:
@@ -286,7 +264,7 @@ def _write_summary(config: Config, job: RankJob, path: Path, seconds: float) -> 
         "agreement": sum(r.agreement for r in tail) / len(tail),
         "fill": sum(r.fill for r in records) / len(records),
     }
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
     return summary
 
 

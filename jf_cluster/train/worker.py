@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from jf_cluster.config import Config
 from jf_cluster.train.guard import NORMS, Guard, Skip, read_skips, record_skip
 from jf_cluster.train.steps_log import StepRecord, StepsLog, read_steps
+from jf_cluster.whole_files import named_when_full
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -81,6 +82,7 @@ def run_rank(job: RankJob) -> None:
 
     Raises:
         CheckpointError: the last checkpoint belongs to another training, or cannot be read.
+        OSError: the disk is full; names what found no room.
     """
     begun = time.perf_counter()
     config = Config.model_validate_json(job.config_json)
@@ -103,10 +105,11 @@ def run_rank(job: RankJob) -> None:
             seconds = time.perf_counter() - begun
             logger.info("ranks ready after %.1f s, %d of %d steps done", seconds, start.step, config.train.steps)
         model = ranks.module.model
-        with branch_attention(model, config.model.attention):
+        with branch_attention(model, config.model.attention), named_when_full(Path(job.checkpoints)):
             exports = start.finished or _steps(job, config, group, ranks, start)
         if exports:
-            export.export_model(model, Path(job.export), getattr(torch, config.model.dtype), config.model.base)
+            with named_when_full(Path(job.export)):
+                export.export_model(model, Path(job.export), getattr(torch, config.model.dtype), config.model.base)
     finally:
         engine.leave_group()
 

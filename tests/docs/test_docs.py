@@ -55,6 +55,12 @@ def test_the_readmes_links_lead_somewhere() -> None:
     assert len(links) > 5 and [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_the_tests_that_operations_names_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "operations.md").read_text())
+    assert len(named) > 15
+    assert [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()] == []
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository whose ``.venv`` is the environment this runs in."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +12,14 @@ import pytest
 import ray
 
 from jf_cluster.cluster import connected
+from jf_cluster.collect import collect_round
+from jf_cluster.collect.worker import Collector
 from jf_cluster.config import Config
 from jf_cluster.tiny.pretrain import build_tokenizer
 from jf_cluster.tracking import Tracker
+from trajectory_store import Manifest
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def save_model(directory: Path, seed: int) -> Path:
@@ -76,6 +84,49 @@ def small_config(runs_dir: Path, model: Path, **changes: object) -> Config:
     return Config.model_validate(tree)
 
 
+def run(*command: str, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command at the repository root with the package importable and this Python first on the path."""
+    variables = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+    }
+    return subprocess.run(
+        command, cwd=ROOT, env=variables | environment, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+def chain_config(runs_dir: Path, model: Path, **changes: object) -> Config:
+    """For the whole chain: two ranks, four steps, a checkpoint half way; batches so small that there are many."""
+    train = {
+        "workers": 2,
+        "steps": 4,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "micro_batch_tokens": 512,
+        "micro_batches_per_step": 2,
+        "checkpoint_every_steps": 2,
+    }
+    return small_config(runs_dir, model, train=train, collect__batch_prompts=2, **changes)
+
+
+def chain_command(config: Config, job: str = "distill") -> list[str]:
+    """What a person types to have ``config`` carried out; its file lies beside the runs."""
+    settings = config.runs_dir.with_name("small.yaml")
+    settings.write_text(config.to_yaml())
+    return [sys.executable, f"jobs/{job}.py", "--config", str(settings)]
+
+
+@pytest.fixture(scope="package")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> tuple[Config, str]:
+    """Two rounds of the chain that nothing happens to, with a Ray of their own, and the table they end with."""
+    config = chain_config(tmp_path_factory.mktemp("undisturbed") / "runs", base_model, rounds=2)
+    done = run(*chain_command(config), timeout_s=600)
+    assert done.returncode == 0, done.stderr
+    return config, done.stdout
+
+
 @pytest.fixture
 def config(tmp_path: Path, base_model: Path) -> Config:
     return small_config(tmp_path / "runs", base_model)
@@ -86,6 +137,12 @@ def tracker(config: Config) -> Tracker:
     return Tracker.open(config)
 
 
+def collected(config: Config, round_number: int = 1, worker_class: type[Collector] = Collector) -> Manifest:
+    """Collect a round with workers that may break."""
+    config.runs_dir.mkdir(parents=True, exist_ok=True)
+    return collect_round(config, round_number, Tracker.open(config), worker_class)
+
+
 @pytest.fixture(scope="package")
 def local_ray(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iterator[None]:
     if ray.is_initialized():
@@ -93,3 +150,10 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Ite
         return
     with connected(small_config(tmp_path_factory.mktemp("ray"), base_model)):
         yield
+
+
+@pytest.fixture(scope="package")
+def reference(tmp_path_factory: pytest.TempPathFactory, base_model: Path, local_ray: None) -> tuple[Config, Manifest]:
+    """The undisturbed collection that the disturbed ones are compared with."""
+    config = small_config(tmp_path_factory.mktemp("reference"), base_model)
+    return config, collected(config)

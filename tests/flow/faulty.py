@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import ray
+
 from jf_cluster.collect.dispatch import Report
 from jf_cluster.collect.prompts import Prompt
 from jf_cluster.collect.worker import Collector, Counts
@@ -59,6 +61,34 @@ class HungOnce(Collector):
         if _first(self.config.runs_dir / "hung"):
             time.sleep(3600)
         return super().run(prompts)
+
+
+class OnDoomedNode(Collector):
+    """On one node the second batch never ends, and the first is uncommitted; the others wait until it is so far."""
+
+    batches = 0
+
+    def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
+        self.batches += 1
+        hangs = self.config.runs_dir / "hangs"
+        if ray.get_runtime_context().get_node_id() == (self.config.runs_dir / "doomed").read_text():
+            if self.batches == 2:
+                hangs.touch()
+                time.sleep(3600)
+        else:
+            while not hangs.exists():
+                time.sleep(0.05)
+        return super().run(prompts)
+
+
+class KillsTheDashboard(Collector):
+    """The first batch of all ends with the death of MLflow's server, all its processes at once."""
+
+    def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
+        done = super().run(prompts)
+        if _first(self.config.runs_dir / "killed"):
+            os.killpg(int((self.config.runs_dir / "server").read_text()), signal.SIGKILL)
+        return done
 
 
 class FullDisk(Collector):

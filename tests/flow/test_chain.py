@@ -1,4 +1,4 @@
-"""The whole chain for two rounds on a cut-down size: real Ray, DeepSpeed and MLflow, killed once on the way."""
+"""The whole chain on a small size: real Ray, DeepSpeed and MLflow, once left alone and once killed at every stage."""
 
 from __future__ import annotations
 
@@ -6,70 +6,148 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray
 from mlflow.tracking import MlflowClient
 
+from jf_cluster.config import Config
 from jf_cluster.evaluate import load_evaluation
+from jf_cluster.evaluate.evaluation import evaluation_path
 from jf_cluster.models import model_hash
 from jf_cluster.planning.calibration import measured
 from jf_cluster.planning.estimate import stages
 from jf_cluster.tracking import tracking_uri
-from tests.flow.conftest import small_config
-from tests.flow.test_commands import ROOT, run
+from jf_cluster.tracking.activity import read_activity
+from tests.flow.conftest import ROOT, chain_command, chain_config, run
 from trajectory_store import TrajectoryStore
 
 
 @pytest.mark.timeout(900)
-def test_two_rounds(tmp_path: Path, base_model: Path) -> None:
-    config = small_config(
-        tmp_path / "runs",
-        base_model,
-        rounds=2,
-        train={
-            "workers": 2,
-            "steps": 4,
-            "learning_rate": 1e-3,
-            "warmup_steps": 1,
-            "micro_batch_tokens": 512,
-            "micro_batches_per_step": 2,
-            "checkpoint_every_steps": 2,
-        },
-    )
-    settings = tmp_path / "small.yaml"
-    settings.write_text(config.to_yaml())
-    command = [sys.executable, "jobs/distill.py", "--config", str(settings)]
-
-    _kill_when(command, Path(config.model_dir(1)))
-    made = _stamps(Path(config.model_dir(1)))
-
-    done = run(*command, timeout_s=600)
-    assert done.returncode == 0, done.stderr
-    assert made == _stamps(Path(config.model_dir(1))), "not made again"
-    _check_report(config, done.stdout)
+def test_two_rounds(undisturbed: tuple[Config, str]) -> None:
+    config, shown = undisturbed
+    _check_report(config, shown)
     _check_lineage(config)
     _check_mlflow(config)
     _check_estimate(config)
 
-    again = run(*command)
+    again = run(*chain_command(config))
     assert again.returncode == 0 and "starting a local Ray" not in again.stderr, "nothing was missing"
-    assert again.stdout == done.stdout, "the same table"
+    assert again.stdout == shown, "the same table"
 
 
-def _kill_when(command: list[str], appears: Path) -> None:
-    """Start a command and kill it with all it started, without warning, when a path appears."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not appears.exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.2)
+@dataclass(frozen=True)
+class Moment:
+    """When the driver is killed: as soon as it ``has`` come so far, and before it ``is_over``."""
+
+    name: str
+    has: Callable[[Config], bool]
+    is_over: Callable[[Config], bool]
+
+
+MOMENTS = (
+    Moment("evaluating the base", lambda c: _evaluates(c, 0), lambda c: evaluation_path(c, 0).exists()),
+    Moment("collecting", lambda c: _shards(c, 1) > 0, lambda c: _is_sealed(c, 1)),
+    Moment("training", lambda c: _checkpoint(c, 2).exists(), lambda c: Path(c.model_dir(1)).exists()),
+    Moment("exporting", lambda c: _partial(c).exists(), lambda c: Path(c.model_dir(1)).exists()),
+    Moment("publishing", lambda c: Path(c.model_dir(1)).exists(), lambda c: evaluation_path(c, 1).exists()),
+    Moment("evaluating", lambda c: _evaluates(c, 1), lambda c: evaluation_path(c, 1).exists()),
+    Moment("collecting at the end", lambda c: _shards(c, 2) > 0, lambda c: _is_sealed(c, 2)),
+)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("local_ray")
+def test_killed_at_every_stage_the_same_command_ends_as_if_it_had_not_been(
+    undisturbed: tuple[Config, str], tmp_path: Path, base_model: Path
+) -> None:
+    """One run of one round. The drivers join one Ray, which so has to clean up after each of them."""
+    config = chain_config(tmp_path / "runs", base_model, rounds=1)
+    command = chain_command(config)
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    for moment in MOMENTS:
+        _kill(command, config, moment, address)
+        if moment.name == "publishing":
+            published = _stamps(Path(config.model_dir(1)))
+    done = run(*command, timeout_s=600, **address)
+    assert done.returncode == 0, done.stderr
+    assert published == _stamps(Path(config.model_dir(1))), "not made again"
+    _check_same(config, undisturbed[0])
+    _check_nothing_is_left(config)
+
+    client = MlflowClient(tracking_uri(config))
+    experiment = client.get_experiment_by_name("jacobi-forcing/small")
+    runs = {r.info.run_name: r.info.status for r in client.search_runs([experiment.experiment_id])}
+    stages = ["round-000-evaluate", "round-001-collect", "round-001-train", "round-001-evaluate", "round-002-collect"]
+    assert runs.keys() == {*stages, "small"}, "a stage that goes on keeps its run"
+    # Killed when the model had just appeared: nothing was left to do in that stage.
+    assert runs == dict.fromkeys(runs, "FINISHED") | {"round-001-train": "KILLED"}
+
+
+def _kill(command: list[str], config: Config, moment: Moment, variables: dict[str, str]) -> None:
+    """Start the driver and kill it, without warning, at a moment of its life."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    said = config.runs_dir.with_name("said")
+    with said.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, start_new_session=True, stdout=output, stderr=subprocess.STDOUT
+        )
+    while not moment.has(config):
+        assert process.poll() is None, f"it ended before {moment.name}: {said.read_text()}"
+        time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    assert not moment.is_over(config), f"killed too late for {moment.name}"
+
+
+def _evaluates(config: Config, round_number: int) -> bool:
+    stages = read_activity(config.run_dir)
+    return any((now.round, now.stage) == (round_number, "evaluate") and now.done > 0 for now in stages)
+
+
+def _shards(config: Config, round_number: int) -> int:
+    return len(list((Path(config.store_url) / f"round-{round_number:03d}").glob("shard-*")))
+
+
+def _is_sealed(config: Config, round_number: int) -> bool:
+    return TrajectoryStore(config.store_url).round(round_number).is_sealed
+
+
+def _checkpoint(config: Config, step: int) -> Path:
+    return config.run_dir / "checkpoints" / "round-001" / f"step-{step:06d}" / "complete.json"
+
+
+def _partial(config: Config) -> Path:
+    return config.run_dir / "models" / ".round-001.partial"
+
+
+def _check_same(config: Config, other: Config) -> None:
+    """Trajectories, weights and figures are those of the other run, for as many rounds as this one has."""
+    for round_number in (1, 2):
+        mine, others = (TrajectoryStore(c.store_url).round(round_number) for c in (config, other))
+        assert mine.manifest.content_hash == others.manifest.content_hash
+        assert mine.committed_ids() == others.committed_ids() and mine.manifest.rows == 20
+    assert model_hash(config.model_dir(1)) == model_hash(other.model_dir(1))
+    mine_rows, other_rows = (json.loads((c.run_dir / "report.json").read_text())["rounds"] for c in (config, other))
+    assert [_untimed(row) for row in mine_rows] == [_untimed(row) for row in other_rows[:2]]
+
+
+def _untimed(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if not name.startswith(("seconds_", "tps_"))}
+
+
+def _check_nothing_is_left(config: Config) -> None:
+    """Of what was under way when it was killed, on the disk and in Ray."""
+    names = {path.relative_to(config.run_dir).as_posix() for path in config.run_dir.rglob("*")}
+    assert not {name for name in names if ".tmp" in name or "partial" in name or name.startswith("checkpoints/")}
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "a killed driver's actors live on"
+        time.sleep(0.2)
 
 
 def _stamps(model: Path) -> dict[Path, int]:
@@ -114,10 +192,7 @@ def _check_mlflow(config) -> None:
     runs = client.search_runs([experiment.experiment_id])
     children = {r.info.run_name: r.info.status for r in runs if "mlflow.parentRunId" in r.data.tags}
     stages = [(r, "collect") for r in (1, 2, 3)] + [(r, "train") for r in (1, 2)] + [(r, "evaluate") for r in (0, 1, 2)]
-    # Killed when model 1 had just appeared: its training run is the only one that did not end by itself.
-    assert children.keys() == {f"round-{r:03d}-{stage}" for r, stage in stages}
-    assert {name for name, status in children.items() if status != "FINISHED"} <= {"round-001-train"}
-    assert "RUNNING" not in children.values()
+    assert children == {f"round-{r:03d}-{stage}": "FINISHED" for r, stage in stages}
     by_name = {r.info.run_name: r for r in runs}
     _check_chain_of_hashes({name: run.data.tags for name, run in by_name.items()})
     collect, train = by_name["round-002-collect"].data.metrics, by_name["round-002-train"].data.metrics
@@ -141,4 +216,4 @@ def _check_chain_of_hashes(tags: dict[str, dict[str, str]]) -> None:
         assert train["parent_model_hash"] == collect["model_hash"] and train["store_hash"] == collect["store_hash"]
         made = tags[f"round-{r + 1:03d}-collect"]["model_hash"]
         assert tags[f"round-{r:03d}-evaluate"]["model_hash"] == made != collect["model_hash"]
-        assert train.get("model_hash", made) == made  # round 1's training run was killed when the model appeared
+        assert train["model_hash"] == made

@@ -9,30 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jf_cluster.collect import collect_round
 from jf_cluster.collect.prompts import PromptsError, load_prompts
 from jf_cluster.collect.worker import Collector
 from jf_cluster.config import Config
 from jf_cluster.jacobi.responses import generate_responses
 from jf_cluster.models import end_ids, load_model, load_tokenizer, model_hash
-from jf_cluster.tracking import Tracker
-from tests.flow.conftest import small_config
+from tests.flow.conftest import collected, small_config
 from tests.flow.faulty import Failing, FullDisk, HungOnce, KilledOnce, Poisoned
 from trajectory_store import ProvenanceMismatchError, TrajectoryStore
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-
-def collected(config: Config, round_number: int = 1, worker_class: type[Collector] = Collector):
-    config.runs_dir.mkdir(parents=True, exist_ok=True)
-    return collect_round(config, round_number, Tracker.open(config), worker_class)
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, base_model: Path, local_ray: None):
-    """The undisturbed collection that the disturbed ones are compared with."""
-    config = small_config(tmp_path_factory.mktemp("reference"), base_model)
-    return config, collected(config)
 
 
 def test_a_round_holds_the_models_own_responses(reference) -> None:

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from jf_cluster import cluster
-from tests.flow.conftest import small_config
+from tests.flow.conftest import ROOT, run, small_config
 
-ROOT = Path(__file__).parent.parent.parent
 JOBS = ("collect", "train", "evaluate", "distill")
-
-
-def run(*command: str, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command at the repository root with the package importable and this Python first on the path."""
-    variables = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-    }
-    return subprocess.run(
-        command, cwd=ROOT, env=variables | environment, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
 
 
 def test_make_help_names_every_target() -> None:
@@ -73,6 +57,18 @@ def test_wrong_input_is_one_clear_message(tmp_path: Path, case: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert "Traceback" not in done.stderr
+    assert not runs.exists(), "nothing half-written"
+
+
+def test_a_store_that_cannot_be_reached_is_one_clear_message(tmp_path: Path) -> None:
+    url = "s3://nowhere/store?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1&connect_timeout=1"
+    runs, keys = (
+        tmp_path / "runs",
+        {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_MAX_ATTEMPTS": "1"},
+    )
+    done = run(sys.executable, "jobs/collect.py", f"store={url}", f"runs_dir={runs}", **keys)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: store: cannot write nowhere/store/"), done.stderr
     assert not runs.exists(), "nothing half-written"
 
 

@@ -7,8 +7,11 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +189,25 @@ def losses(job: RankJob) -> list[tuple[int, float, float, float]]:
 
 def weights(job: RankJob) -> dict[str, torch.Tensor]:
     return load_file(Path(job.export) / "model.safetensors")
+
+
+def exported(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.model_dir(1)) / "model.safetensors")
+
+
+@contextmanager
+def at_step(steps_log: Path, step: int, action: Callable[[], object]) -> Iterator[None]:
+    """Do something as soon as the log says ``step`` was reached."""
+
+    def watch() -> None:
+        while not any(record.step >= step for record in read_steps(steps_log)):
+            time.sleep(0.01)
+        action()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield
+    thread.join(timeout=60)
 
 
 def rewind(job: RankJob, directory: Path, to_step: int) -> RankJob:
