@@ -114,9 +114,9 @@ def _of_a_rank(config: Config) -> dict[str, float]:
 
 
 def _resources(config: Config) -> str:
-    there = ray.cluster_resources()
+    there, free = ray.cluster_resources(), ray.available_resources()
     return ", ".join(
-        f"{config.train.workers * each:g} {name}s needed, {there.get(name, 0.0):g} in the cluster"
+        f"{config.train.workers * each:g} {name}s needed, {free.get(name, 0.0):g} of {there.get(name, 0.0):g} free"
         for name, each in _of_a_rank(config).items()
     )
 
