@@ -55,6 +55,8 @@ class Tracker:
         # Patient defaults (7 retries of 120 s) would stall a run for minutes; the journal makes patience needless.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+        # It prints the traceback of every error of its data base; what it means is said in one line here.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         tracker = cls(
             uri=tracking_uri(config),
