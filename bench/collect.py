@@ -1,13 +1,20 @@
 """``python -m bench.collect``: collecting trajectories, ours against the published procedure, on the same prompts.
 
-Ours writes all responses in one batch and then iterates all blocks of all of them at the same time.
+Ours (``one_pass``) writes the responses and their trajectories in the same forwards, as a round does where the newest
+model writes. Where another model has written, all blocks of all responses iterate at the same time (``trajectories``);
+``two_stages`` is that after the batched AR generation (``generation``). What the trajectories cost is what they add to
+the generation alone: ``ratio_trajectories_vs_generation``.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from bench import published, tiny_inputs
 from bench.measure import alternate, busy_clock, median, parser, ratio, report, use_threads
-from jf_cluster.jacobi.responses import generate_responses
+from jf_cluster.jacobi.one_pass import respond_and_trace
+from jf_cluster.jacobi.responses import Response, generate_responses
+from jf_cluster.jacobi.traces import Trace
 from jf_cluster.jacobi.trajectories import trace
 
 
@@ -31,10 +38,13 @@ def main() -> None:
     traces = trace(model, prompts, [r.tokens for r in responses], **options)
     response_tokens = sum(len(r.tokens) for r in responses)
 
-    def ours_generation() -> None:
+    def ours() -> list[tuple[Response, Trace]]:
+        return respond_and_trace(model, prompts, max_new_tokens=args.max_new_tokens, end_ids=[end], **options)
+
+    def generation() -> None:
         generate_responses(model, prompts, max_new_tokens=args.max_new_tokens, end_ids=[end])
 
-    def ours_trajectories() -> None:
+    def trajectories() -> None:
         trace(model, prompts, [r.tokens for r in responses], **options)
 
     def theirs() -> list[list[int]]:
@@ -46,24 +56,36 @@ def main() -> None:
         ]
 
     same = sum(a == b.tokens.tolist()[: len(a)] for a, b in zip(theirs(), responses, strict=False))
+    alike = sum(
+        np.array_equal(a.tokens, r.tokens)
+        and np.array_equal(b.accepted, t.accepted)
+        and np.array_equal(b.tails, t.tails)
+        for (a, b), r, t in zip(ours(), responses, traces, strict=True)
+    )
     seconds = alternate(
-        {"generation": ours_generation, "trajectories": ours_trajectories, "published": theirs},
+        {"one_pass": ours, "generation": generation, "trajectories": trajectories, "published": theirs},
         args.repeats,
         args.device,
         busy_clock(args.device),
     )
-    ours_rate = [args.prompts / (g + t) for g, t in zip(seconds["generation"], seconds["trajectories"], strict=True)]
-    their_rate = [args.published_prompts / s for s in seconds["published"]]
+    one, alone = seconds["one_pass"], seconds["generation"]
+    staged = [g + t for g, t in zip(alone, seconds["trajectories"], strict=True)]
+    their_s = [s * args.prompts / args.published_prompts for s in seconds["published"]]
     figures = {
-        "ratio_collect_vs_published": ratio(ours_rate, their_rate),
-        "ratio_trajectories_vs_generation": ratio(seconds["trajectories"], seconds["generation"]),
+        "ratio_collect_vs_published": ratio(their_s, one),
+        "ratio_trajectories_vs_generation": ratio([o - g for o, g in zip(one, alone, strict=True)], alone),
+        "ratio_two_stages_vs_published": ratio(their_s, staged),
+        "ratio_two_stages_trajectories_vs_generation": ratio(seconds["trajectories"], alone),
+        "ratio_one_pass_vs_two_stages": ratio(one, staged),
         "same_responses": f"{same} of {args.published_prompts}",
-        "median_trajectories_per_s_ours": median(ours_rate),
-        "median_trajectories_per_s_published": median(their_rate),
+        "one_pass_same_as_two_stages": f"{alike} of {args.prompts}",
+        "median_trajectories_per_s_ours": args.prompts / median(one),
+        "median_trajectories_per_s_published": args.prompts / median(their_s),
         "response_tokens": response_tokens,
         # What the model has to forward for the trajectories: about n / 2 where it is far from decoding in parallel.
         "noisy_tokens_per_response_token": sum(len(t.tails) for t in traces) / response_tokens,
-        "median_s_generation": median(seconds["generation"]),
+        "median_s_one_pass": median(one),
+        "median_s_generation": median(alone),
         "median_s_trajectories": median(seconds["trajectories"]),
         "block_size": args.block_size,
     }

@@ -9,17 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TypedDict
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from jf_cluster.collect.crew import WorkerModels
 from jf_cluster.collect.dispatch import Report
 from jf_cluster.collect.prompts import Prompt
 from jf_cluster.config import Config
 from jf_cluster.evaluate.graders import grade
+from jf_cluster.jacobi.one_pass import respond_and_trace
 from jf_cluster.jacobi.responses import Response, generate_responses
 from jf_cluster.jacobi.sampling import Sampling, prompt_key
+from jf_cluster.jacobi.traces import Trace
 from jf_cluster.jacobi.trajectories import trace
 from jf_cluster.models import end_ids, load_tokenizer
 from trajectory_store import Provenance, Trajectory, TrajectoryStore
@@ -40,10 +42,21 @@ class Counts:
     reused: int = 0
     """Responses taken from an earlier round."""
     respond_s: float = 0.0
+    """Writing responses the newest model does not write itself, or finding them."""
     trace_s: float = 0.0
+    """Trajectories, and the responses that the newest model writes on the way."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+class Iterating(TypedDict):
+    """How blocks iterate, whoever writes the responses."""
+
+    block_size: int
+    keys: Sequence[int]
+    forward_tokens: int
+    sampling: Sampling
 
 
 class Collector:
@@ -83,43 +96,40 @@ class Collector:
         """Decode a batch; its rows are committed now or, to keep shards large, with a later batch."""
         begun = time.monotonic()
         keys = [prompt_key(self.config.seed, self.round_number, p.prompt_id) for p in prompts]
-        responses, reused = self._responses(prompts, keys)
+        rows = self._own(prompts, keys)
+        others = [i for i, row in enumerate(rows) if row is None]
+        asked = time.monotonic()
+        responses, reused = self._of_base([prompts[i] for i in others], [keys[i] for i in others])
         answered = time.monotonic()
-        settings = self.config.collect
-        traces = trace(
-            self.model,
-            [p.tokens for p in prompts],
-            [r.tokens for r in responses],
-            block_size=settings.block_size_of(self.round_number),
-            keys=keys,
-            forward_tokens=settings.forward_tokens,
-            sampling=Sampling(settings.temperature),
-        )
-        for prompt, response, found in zip(prompts, responses, traces, strict=True):
+        traces = self._towards(responses, [prompts[i] for i in others], [keys[i] for i in others])
+        for i, row in zip(others, zip(responses, traces, strict=True), strict=True):
+            rows[i] = row
+        found = [row for row in rows if row is not None]
+        for prompt, (response, trajectory) in zip(prompts, found, strict=True):
             self.writer.append(
                 Trajectory(
                     prompt.prompt_id,
                     prompt.tokens,
                     np.asarray(response.tokens, dtype=np.int32),
                     response.finished,
-                    found.iterations,
-                    found.accepted,
-                    found.tails,
+                    trajectory.iterations,
+                    trajectory.accepted,
+                    trajectory.tails,
                 )
             )
             self.uncommitted.append(prompt.prompt_id)
         counts = Counts(
             prompts=len(prompts),
-            response_tokens=sum(len(r.tokens) for r in responses),
-            blocks=sum(len(t.iterations) for t in traces),
-            iterations=sum(int(t.iterations.sum()) for t in traces),
-            disagreements=sum(t.disagreements for t in traces),
-            unfinished=sum(not r.finished for r in responses),
+            response_tokens=sum(len(r.tokens) for r, _ in found),
+            blocks=sum(len(t.iterations) for _, t in found),
+            iterations=sum(int(t.iterations.sum()) for _, t in found),
+            disagreements=sum(t.disagreements for _, t in found),
+            unfinished=sum(not r.finished for r, _ in found),
             reused=reused,
-            respond_s=answered - begun,
-            trace_s=time.monotonic() - answered,
+            respond_s=answered - asked,
+            trace_s=time.monotonic() - begun - (answered - asked),
         )
-        due = time.monotonic() - self.committed_at >= settings.commit_every_s
+        due = time.monotonic() - self.committed_at >= self.config.collect.commit_every_s
         return Report(counts, self._commit() if due else [])
 
     def finish(self) -> list[str]:
@@ -131,44 +141,56 @@ class Collector:
         safe, self.uncommitted, self.committed_at = self.uncommitted, [], time.monotonic()
         return safe
 
-    def _responses(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> tuple[list[Response], int]:
-        """Give the responses the trajectories lead to, and how many came from an earlier round."""
-        mode = self.config.collect.responses
-        if mode == "self" or self.round_number == 1:
-            return self._written_by(self.model, prompts, keys), 0
-        responses: list[Response | None] = [None] * len(prompts)
-        if mode == "verified":
-            written = self._written_by(self.model, prompts, keys)
-            finished = [i for i, own in enumerate(written) if own.finished]
-            pairs = [
-                (self.tokenizer.decode(written[i].tokens, skip_special_tokens=True), prompts[i].answer)
-                for i in finished
-            ]
-            threads = max(1, int(self.config.collect.cpus_per_worker))
-            verdicts = grade(self.config.prompts.grader, pairs, self.config.sandbox, threads)
-            for i, right in zip(finished, verdicts, strict=True):
-                responses[i] = written[i] if right else None
-        reused = 0
-        for i, prompt in enumerate(prompts):
-            if responses[i] is None and (found := self._earlier_response(prompt)) is not None:
-                responses[i] = found
-                reused += 1
-        missing = [i for i, r in enumerate(responses) if r is None]
-        if missing:
-            written = self._written_by(self.base, [prompts[i] for i in missing], [keys[i] for i in missing])
-            for i, response in zip(missing, written, strict=True):
-                responses[i] = response
-        return [r for r in responses if r is not None], reused
-
-    def _written_by(self, model: PreTrainedModel, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[Response]:
+    def _own(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[tuple[Response, Trace] | None]:
+        """Responses the newest model writes, with their trajectories; None where the base's are wanted."""
         settings = self.config.collect
-        return generate_responses(
-            model,
+        if settings.responses == "base" and self.round_number > 1:
+            return [None] * len(prompts)
+        written = respond_and_trace(
+            self.model,
             [p.tokens for p in prompts],
             max_new_tokens=settings.max_new_tokens,
             end_ids=self.end_ids,
-            sampling=Sampling(settings.temperature),
+            **self._iterating(keys),
+        )
+        if settings.responses != "verified" or self.round_number == 1:
+            return list(written)
+        finished = [i for i, (response, _) in enumerate(written) if response.finished]
+        pairs = [
+            (self.tokenizer.decode(written[i][0].tokens, skip_special_tokens=True), prompts[i].answer) for i in finished
+        ]
+        threads = max(1, int(settings.cpus_per_worker))
+        verdicts = grade(self.config.prompts.grader, pairs, self.config.sandbox, threads)
+        right = {i for i, verdict in zip(finished, verdicts, strict=True) if verdict}
+        return [row if i in right else None for i, row in enumerate(written)]
+
+    def _of_base(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> tuple[list[Response], int]:
+        """Give the base's responses, and how many of them an earlier round already holds."""
+        found = [self._earlier_response(prompt) for prompt in prompts]
+        missing = [i for i, response in enumerate(found) if response is None]
+        written = generate_responses(
+            self.base,
+            [prompts[i].tokens for i in missing],
+            max_new_tokens=self.config.collect.max_new_tokens,
+            end_ids=self.end_ids,
+            sampling=Sampling(self.config.collect.temperature),
+            keys=[keys[i] for i in missing],
+        )
+        for i, response in zip(missing, written, strict=True):
+            found[i] = response
+        return [r for r in found if r is not None], len(prompts) - len(missing)
+
+    def _towards(self, responses: Sequence[Response], prompts: Sequence[Prompt], keys: Sequence[int]) -> list[Trace]:
+        """Trajectories of the newest model towards responses it did not write."""
+        return trace(self.model, [p.tokens for p in prompts], [r.tokens for r in responses], **self._iterating(keys))
+
+    def _iterating(self, keys: Sequence[int]) -> Iterating:
+        settings = self.config.collect
+        return Iterating(
+            block_size=settings.block_size_of(self.round_number),
             keys=keys,
+            forward_tokens=settings.forward_tokens,
+            sampling=Sampling(settings.temperature),
         )
 
     def _earlier_response(self, prompt: Prompt) -> Response | None:

@@ -228,6 +228,23 @@ class CachedRows:
     first_slot: int | None = None
     """Every row's queries fill the slots from this one on: written as one block instead of token by token."""
 
+    @staticmethod
+    def of_stems(cache: KeyValueCache, lengths: IntArray) -> tuple[CachedRows, IntArray, IntArray]:
+        """Lay out whole stems of so many tokens, one after the other without padding, over the rows of ``cache``.
+
+        Returns:
+            The layout, and each token's row and slot, int64 [T].
+        """
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        slot = np.concatenate([np.arange(n) for n in lengths])
+        width = int(lengths.max())
+        fill = np.zeros((len(lengths), width), dtype=np.int64)
+        fill[row, slot] = np.arange(len(row))
+        device = cache.keys[0].device
+        rows, slots, filled, pick = (torch.from_numpy(a).to(device) for a in (row, slot, fill, row * width + slot))
+        layout = CachedRows(cache, rows, slots, mask=None, reach=width, fill=filled, pick=pick, causal=True)
+        return layout, row, slot
+
     @cached_property
     def bias(self) -> torch.Tensor | None:
         """The mask as what is added to scores; made once, where SDPA on CPU would make it in every layer."""

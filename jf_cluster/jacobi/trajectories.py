@@ -13,37 +13,16 @@ the accepted prefix becomes the response's, so a block of n tokens converges in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from jf_cluster.jacobi.attention import Backend, branch_attention
-from jf_cluster.jacobi.cache import KeyValueCache
 from jf_cluster.jacobi.layout import CachedRows
 from jf_cluster.jacobi.sampling import GREEDY, IntArray, Sampling, initial_guess
-from jf_cluster.jacobi.tails import Tails, lay_out
-
-Int32Array = NDArray[np.int32]
-
-WAVE_TOKENS = 16384
-"""Tokens of clean streams whose keys and values are held at once (more where a forward pass holds more)."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    """All iterates of one response's blocks, as ``trajectory_store.Trajectory`` stores them.
-
-    ``disagreements`` counts response tokens that are not the model's own choice on the clean prefix: 0 in float32 for a
-    response the model wrote itself, rounding in low precision, drift where another model wrote the response.
-    """
-
-    iterations: Int32Array
-    accepted: Int32Array
-    tails: Int32Array
-    disagreements: int
+from jf_cluster.jacobi.tails import lay_out
+from jf_cluster.jacobi.traces import WAVE_TOKENS, FlatModel, Iterates, Trace
 
 
 @torch.inference_mode()
@@ -79,14 +58,13 @@ def trace(
             # The most blocks first: then the rows that have a j-th block are the first ones for every j.
             members = sorted(members, key=lambda i: -len(responses[i]))
             wave = _Wave(
-                model,
                 [prompts[i] for i in members],
                 [responses[i] for i in members],
                 block_size,
-                sampling,
+                FlatModel(model, sampling, [keys[i] for i in members]),
                 forward_tokens,
             )
-            for member, result in zip(members, wave.run([keys[i] for i in members]), strict=True):
+            for member, result in zip(members, wave.run(), strict=True):
                 results[member] = result
     return [results[i] for i in range(len(prompts))]
 
@@ -111,14 +89,13 @@ class _Wave:
 
     def __init__(
         self,
-        model: PreTrainedModel,
         prompts: Sequence[IntArray],
         responses: Sequence[IntArray],
         block_size: int,
-        sampling: Sampling,
+        model: FlatModel,
         forward_tokens: int,
     ) -> None:
-        self.model, self.sampling, self.n, self.forward_tokens = model, sampling, block_size, forward_tokens
+        self.model, self.n, self.forward_tokens = model, block_size, forward_tokens
         self.prompts = [np.asarray(p, dtype=np.int64) for p in prompts]
         self.responses = [np.asarray(r, dtype=np.int64) for r in responses]
         self.stem = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
@@ -134,56 +111,22 @@ class _Wave:
         for block, (row, start, length) in enumerate(zip(self.row, self.start, self.length, strict=True)):
             self.fixed[block, :length] = self.responses[row][start : start + length]
 
-    def run(self, keys: Sequence[int]) -> list[Trace]:
-        self.keys = np.array(keys, dtype=np.int64)
+    def run(self) -> list[Trace]:
         disagreements = self._fill_cache()
-        blocks, steps, accepted, tails = [], [], [], []
+        iterates = Iterates()
         content = self._guesses()
         prefix = self._accepted(content)
-        step = 0
         while (active := np.flatnonzero(prefix < self.length)).size:
-            blocks.append(active)
-            steps.append(np.full(len(active), step))
-            accepted.append(prefix[active])
-            ends = self.length[active]
-            tails += [c[p:e] for c, p, e in zip(content[active], prefix[active], ends, strict=True)]
+            iterates.add(self.row[active], self.column[active], prefix[active], content[active], self.length[active])
             content = self._iterate(content, prefix, active)
             prefix = self._accepted(content)
-            step += 1
-        return self._assemble(blocks, steps, accepted, tails, disagreements)
-
-    def _assemble(
-        self,
-        blocks: list[IntArray],
-        steps: list[IntArray],
-        accepted: list[IntArray],
-        tails: list[IntArray],
-        disagreements: IntArray,
-    ) -> list[Trace]:
-        block, step = (np.concatenate(x) if x else np.zeros(0, np.int64) for x in (blocks, steps))
-        prefix = np.concatenate(accepted) if accepted else np.zeros(0, np.int64)
-        order = np.lexsort((step, self.column[block]))
-        rows = self.row[block[order]]
-        iterations = np.bincount(block, minlength=len(self.row))
-        out = []
-        for row in range(len(self.responses)):
-            mine = order[rows == row]
-            tail = np.concatenate([tails[i] for i in mine]) if mine.size else np.zeros(0, np.int64)
-            out.append(
-                Trace(
-                    iterations[self.row == row][::-1].astype(np.int32),
-                    prefix[mine].astype(np.int32),
-                    tail.astype(np.int32),
-                    int(disagreements[row]),
-                )
-            )
-        return out
+        return iterates.traces([len(r) for r in self.responses], self.n, disagreements)
 
     def _guesses(self) -> IntArray:
         content = self.fixed.copy()
         for block, (row, column, length) in enumerate(zip(self.row, self.column, self.length, strict=True)):
             context = np.concatenate([self.prompts[row], self.responses[row][: column * self.n]])
-            guess = initial_guess(int(self.keys[row]), int(column), context, self.n)
+            guess = initial_guess(int(self.model.keys[row]), int(column), context, self.n)
             # The first token is known from the prefix.
             content[block, 1:length] = guess[1:length]
         return content
@@ -197,10 +140,7 @@ class _Wave:
 
     def _fill_cache(self) -> IntArray:
         """Run the clean streams through the model once; count response tokens that are not its own choice, [S]."""
-        model = self.model
-        self.cache = KeyValueCache(
-            model.config, len(self.stem), int(self.stem.max()), dtype=model.dtype, device=model.device
-        )
+        self.cache = self.model.cache(len(self.stem), int(self.stem.max()))
         counts = []
         rows = max(1, self.forward_tokens // int(self.stem.max()))
         for first in range(0, len(self.stem), rows):
@@ -210,30 +150,16 @@ class _Wave:
     def _fill_rows(self, rows: slice) -> IntArray:
         stem, prompts, responses = self.stem[rows], self.prompts[rows], self.responses[rows]
         tokens = np.concatenate([np.concatenate(pair) for pair in zip(prompts, responses, strict=True)])
-        row = np.repeat(np.arange(len(stem)), stem)
-        slot = np.concatenate([np.arange(n) for n in stem])
+        layout, row, slot = CachedRows.of_stems(self.cache.part(rows), stem)
         offset = np.concatenate([[0], np.cumsum(stem)[:-1]])
         # The flat index whose logits choose each response token.
         before = np.concatenate(
             [o + len(p) - 1 + np.arange(len(r)) for o, p, r in zip(offset, prompts, responses, strict=True)]
         ).astype(np.int64)
-        width = int(stem.max())
-        fill = np.zeros((len(stem), width), dtype=np.int64)
-        fill[row, slot] = np.arange(len(row))
-        layout = CachedRows(
-            self.cache.part(rows),
-            self._tensor(row),
-            self._tensor(slot),
-            mask=None,
-            reach=width,
-            fill=self._tensor(fill),
-            pick=self._tensor(row * width + slot),
-            causal=True,
-        )
-        logits = self._forward(tokens, slot, layout, before)
+        logits = self.model.forward(tokens, slot, layout, before)
         owner = row[before]
         place = slot[before] + 1 - np.array([len(p) for p in prompts])[owner]
-        chosen = self._choose(logits, owner + rows.start, place)
+        chosen = self.model.choose(logits, owner + rows.start, place)
         return np.bincount(owner, weights=chosen != np.concatenate(responses), minlength=len(stem)).astype(int)
 
     def _iterate(self, content: IntArray, prefix: IntArray, active: IntArray) -> IntArray:
@@ -252,31 +178,10 @@ class _Wave:
                 continue
             block = active[part][which]
             slot = (self.prompt_length + self.start)[block] + place
-            heads = self.model.config.num_attention_heads // self.model.config.num_key_value_heads
-            layout, order = lay_out(self.cache, self.column[block], self.row[block], slot, block, heads)
+            layout, order = lay_out(
+                self.cache, self.column[block], self.row[block], slot, block, self.model.heads_together
+            )
             block, place = block[order], place[order]
-            logits = self._forward(old[block, place], slot[order], layout, None)
-            content[block, place + 1] = self._choose(logits, self.row[block], self.start[block] + place + 1)
+            logits = self.model.forward(old[block, place], slot[order], layout, None)
+            content[block, place + 1] = self.model.choose(logits, self.row[block], self.start[block] + place + 1)
         return content
-
-    def _forward(
-        self, tokens: IntArray, position: IntArray, layout: CachedRows | Tails, keep: IntArray | None
-    ) -> torch.Tensor:
-        """Forward flat tokens over the cache; logits [kept, V]."""
-        out = self.model(
-            input_ids=self._tensor(tokens)[None],
-            position_ids=self._tensor(position)[None],
-            use_cache=False,
-            layout=layout,
-            logits_to_keep=0 if keep is None else self._tensor(keep),
-        )
-        logits: torch.Tensor = out.logits[0]
-        return logits
-
-    def _choose(self, logits: torch.Tensor, row: IntArray, place: IntArray) -> IntArray:
-        keys, places = self._tensor(self.keys[row]), self._tensor(place)
-        chosen: IntArray = self.sampling.choose(logits, keys, places).cpu().numpy()
-        return chosen
-
-    def _tensor(self, array: IntArray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)

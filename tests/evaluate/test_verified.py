@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-from transformers import PreTrainedModel
-
 from jf_cluster.collect.crew import WorkerModels
-from jf_cluster.collect.prompts import Prompt, load_prompts
+from jf_cluster.collect.prompts import load_prompts
 from jf_cluster.collect.worker import Collector
 from jf_cluster.config import TINY_BASE
-from jf_cluster.jacobi.responses import Response
 from jf_cluster.models import load_tokenizer, model_hash
 from tests.flow.conftest import small_config
 from trajectory_store import Provenance
 
 
-def test_the_base_writes_what_the_model_gets_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_writes_what_the_model_gets_wrong(tmp_path: Path) -> None:
     changes = {"prompts__per_round": 4, "collect__responses": "verified", "collect__max_new_tokens": 200}
     config = small_config(tmp_path, TINY_BASE, **changes)
     shutil.copytree(TINY_BASE, config.model_dir(1))  # the shipped model, which is nearly always right
@@ -36,15 +31,10 @@ def test_the_base_writes_what_the_model_gets_wrong(tmp_path: Path, monkeypatch: 
     collector = Collector(config, 2, provenance, "writer", WorkerModels(config))
     prompts = load_prompts(config, load_tokenizer(config), 2)
     prompts = [replace(p, answer="-1") if n % 2 else p for n, p in enumerate(prompts)]
-    asked: dict[bool, list[str]] = {}
-    write = Collector._written_by
-
-    def recorded(self: Collector, model: PreTrainedModel, of: Sequence[Prompt], keys: Sequence[int]) -> list[Response]:
-        asked[model is collector.base] = [p.prompt_id for p in of]
-        return write(self, model, of, keys)
-
-    monkeypatch.setattr(Collector, "_written_by", recorded)
-    responses, reused = collector._responses(prompts, list(range(4)))
-    assert asked[False] == [p.prompt_id for p in prompts]
-    assert asked[True] == [p.prompt_id for p in prompts[1::2]]
-    assert len(responses) == 4 and all(r.finished for r in responses) and reused == 0
+    own = collector._own(prompts, list(range(4)))
+    assert [row is None for row in own] == [False, True, False, True]
+    responses, reused = collector._of_base(prompts[1::2], [1, 3])
+    assert len(responses) == 2 and all(r.finished for r in responses) and reused == 0
+    report = collector.run(prompts)
+    assert (report.result.prompts, report.result.unfinished, report.result.disagreements) == (4, 0, 0)
+    assert report.result.respond_s > 0 and sorted(report.durable) == sorted(p.prompt_id for p in prompts)

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from jf_cluster.jacobi.oracle import encode_trajectories
 from jf_cluster.jacobi.responses import generate_responses
 from jf_cluster.jacobi.sampling import GREEDY, Sampling, initial_guess, prompt_key
-from jf_cluster.jacobi.trajectories import Trace, trace
+from jf_cluster.jacobi.traces import Trace
+from jf_cluster.jacobi.trajectories import trace
 
 from .conftest import END, VOCABULARY, make_model, oracle_responses, random_prompts
 
