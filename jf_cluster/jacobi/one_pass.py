@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from jf_cluster.jacobi.attention import Backend, branch_attention
@@ -23,7 +24,7 @@ from jf_cluster.jacobi.layout import CachedRows
 from jf_cluster.jacobi.responses import Response
 from jf_cluster.jacobi.sampling import GREEDY, IntArray, Sampling, initial_guess
 from jf_cluster.jacobi.tails import lay_out_rows
-from jf_cluster.jacobi.traces import WAVE_TOKENS, FlatModel, Iterates, Trace
+from jf_cluster.jacobi.traces import FlatModel, Iterates, Trace
 
 JOINING_ROWS = 8
 """Rows that join together: a forward of one or two prompts alone would cost its overhead."""
@@ -87,8 +88,7 @@ class _Rows:
         self.end_ids = np.array(sorted(end_ids), dtype=np.int64)
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         slots = max((len(p) for p in prompts), default=0) + max_new_tokens
-        fit = min(max(forward_tokens, WAVE_TOKENS) // slots, forward_tokens // block_size)
-        self.rows = min(max(1, fit), len(prompts))
+        self.rows = min(max(1, forward_tokens // block_size), len(prompts))
         self.active = 0
         self.cache = model.cache(self.rows, slots)
         self.member, self.prompt, self.start, self.length, self.known = np.zeros((5, self.rows), dtype=np.int64)
@@ -172,7 +172,7 @@ class _Rows:
         places = np.arange(self.n)
         new = (places >= before[:, None]) & (places < self.known[rows, None])
         ends = new & np.isin(self.content[rows], self.end_ids)
-        finished = ends.any(1)
+        finished: NDArray[np.bool_] = ends.any(1)
         full = (self.known[rows] == self.length[rows]) & (self.start[rows] + self.length[rows] == self.most)
         # From the last on: then the row that moves into the freed place stays.
         for i in np.flatnonzero(finished | full)[::-1].tolist():

@@ -31,8 +31,8 @@ DENSE_SHARE = 0.5
 """From this share of active rows on, a column is attended to in place; the others are computed for nothing."""
 
 GROUP_ROWS = 8
-"""Rows of one call where each has one tail, on a CPU: the kernel is a sixth faster at 8 or 16 rows than at 64, and fewer
-queries are padding. A GPU takes all rows in one call."""
+"""Rows of one call where each has one tail, on a CPU: the kernel is a sixth faster at 8 rows than at 64, and fewer of
+the queries are padding. A GPU takes all rows in one call."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def attend_tails(layer: int, query: Tensor, key: Tensor, value: Tensor, tails: T
             cache.view(-1, depth).index_copy_(0, tails.own, new)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     out = query.new_empty(total * heads, depth)
-    padded = queries.index_select(0, tails.fill).split([len(g.fill) for g in tails.groups])
+    padded = torch.split(queries.index_select(0, tails.fill), [len(g.fill) for g in tails.groups])
     for group, folded in zip(tails.groups, padded, strict=True):
         rows, reach = group.bias.shape[0], group.bias.shape[3]
         begin, end = group.tokens.start, group.tokens.stop

@@ -20,9 +20,6 @@ from jf_cluster.jacobi.tails import Tails
 
 Int32Array = NDArray[np.int32]
 
-WAVE_TOKENS = 16384
-"""Tokens of clean streams whose keys and values are held at once (more where a forward pass holds more)."""
-
 
 @dataclass(frozen=True)
 class Trace:

@@ -22,7 +22,10 @@ from jf_cluster.jacobi.attention import Backend, branch_attention
 from jf_cluster.jacobi.layout import CachedRows
 from jf_cluster.jacobi.sampling import GREEDY, IntArray, Sampling, initial_guess
 from jf_cluster.jacobi.tails import lay_out
-from jf_cluster.jacobi.traces import WAVE_TOKENS, FlatModel, Iterates, Trace
+from jf_cluster.jacobi.traces import FlatModel, Iterates, Trace
+
+WAVE_TOKENS = 16384
+"""Tokens of clean streams whose keys and values are held at once (more where a forward pass holds more)."""
 
 
 @torch.inference_mode()
