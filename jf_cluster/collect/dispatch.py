@@ -7,17 +7,24 @@ dead worker still held in memory is given out again.
 An item that brings its worker down takes the rest of its batch down with it. So a failed batch is split, into eighths
 and then into single items, until the culprit stands alone; an item that failed alone or ``max_attempts`` times is
 given up with its last reason. Items that merely shared the batch are redone in other batches.
+
+What an answer costs does not depend on the number of workers: Ray puts each into a queue as it comes, and all workers
+are looked at only once a second, for those that are late. Batches are made one ahead of the workers, so their number
+does not matter either.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -94,8 +101,8 @@ class _Slot(Generic[T]):
 
     number: int
     actor: ActorHandle
-    task: ray.ObjectRef
-    since: float
+    answer: Future[Any] = field(default_factory=Future)
+    since: float = 0.0
     batch: _Batch[T] | None = None
     held: dict[str, T] = field(default_factory=dict)
     finishing: bool = False
@@ -135,7 +142,15 @@ class Dispatcher(Generic[T, R]):
         self._max_attempts = max_attempts
         self._fatal = fatal
         self._slots: list[_Slot[T]] = []
+        self._idle: deque[_Slot[T]] = deque()
+        self._unsafe: set[int] = set()
+        """Numbers of the slots that have a batch or hold what is not safe."""
+        self._answered: queue.SimpleQueue[_Slot[T]] = queue.SimpleQueue()
+        self._fresh: Iterator[_Batch[T]] = iter(())
         self._queue: deque[_Batch[T]] = deque()
+        """What comes next: what a lost worker held, and fresh batches."""
+        self._failed: deque[_Batch[T]] = deque()
+        """Parts of failed batches, which come after all fresh ones."""
         self._failed_starts = 0
         self._largest = 1
         self.ready_after_s: float | None = None
@@ -148,32 +163,48 @@ class Dispatcher(Generic[T, R]):
             DispatchError: workers cannot be started.
         """
         begun = time.monotonic()
-        self._queue.extend(_Batch(items) for items in batches)
-        self._largest = max((len(batch.items) for batch in self._queue), default=1)
-        self._slots = [self._place(number) for number in range(min(self._workers, len(self._queue)))]
+        self._fresh = (_Batch(items) for items in batches)
         try:
-            while self._queue or any(slot.batch or slot.held for slot in self._slots):
+            for number, batch in enumerate(itertools.islice(self._fresh, self._workers)):
+                self._append(batch)
+                self._slots.append(self._place(number))
+            late_at = time.monotonic() + POLL_S
+            while self._more() or self._unsafe:
                 if self._stop.is_set():
                     raise KeyboardInterrupt
-                for slot in self._slots:
-                    if slot.idle:
-                        self._give(slot)
-                busy = {slot.task: slot for slot in self._slots if not slot.idle}
-                ready, _ = ray.wait(list(busy), num_returns=1, timeout=POLL_S)
-                if ready and self.ready_after_s is None:
-                    self.ready_after_s = time.monotonic() - begun
-                for task in ready:
-                    yield from self._take(busy[task])
-                for slot in self._slots:
-                    limit = self._timeout_s if slot.batch or slot.finishing else self._start_timeout_s
-                    if not slot.idle and time.monotonic() - slot.since > limit:
-                        yield from self._lose(slot, f"no answer within {limit:.0f} s")
+                try:
+                    slot = self._answered.get(timeout=POLL_S)
+                except queue.Empty:
+                    pass
+                else:
+                    if self.ready_after_s is None:
+                        self.ready_after_s = time.monotonic() - begun
+                    if slot is self._slots[slot.number]:  # else it was replaced before it answered
+                        yield from self._take(slot)
+                if time.monotonic() >= late_at:
+                    yield from self._lose_late_ones()
+                    late_at = time.monotonic() + POLL_S
+                while self._idle and self._more():
+                    self._give(self._idle.popleft())
         except KeyboardInterrupt:
             self._save()
             raise
         finally:
             for slot in self._slots:
                 (self._rest if slot.idle else ray.kill)(slot.actor)
+
+    def _more(self) -> bool:
+        """Whether there is a batch to give out; makes the next one if need be."""
+        if not self._queue:
+            if (fresh := next(self._fresh, None)) is not None:
+                self._append(fresh)
+            elif self._failed:
+                self._queue.append(self._failed.popleft())
+        return bool(self._queue)
+
+    def _append(self, fresh: _Batch[T]) -> None:
+        self._queue.append(fresh)
+        self._largest = max(self._largest, len(fresh.items))
 
     def _save(self) -> None:
         """Have workers put on disk what they hold, before they are killed because the run was interrupted."""
@@ -183,23 +214,38 @@ class Dispatcher(Generic[T, R]):
 
     def _place(self, number: int) -> _Slot[T]:
         actor, ready = self._start(number)
-        return _Slot(number, actor, ready, time.monotonic())
+        slot: _Slot[T] = _Slot(number, actor)
+        self._await(slot, ready)
+        return slot
+
+    def _await(self, slot: _Slot[T], task: ray.ObjectRef) -> None:
+        slot.since, slot.answer = time.monotonic(), task.future()
+        slot.answer.add_done_callback(lambda _: self._answered.put(slot))
 
     def _give(self, slot: _Slot[T]) -> None:
-        if self._queue:
+        """Give a worker a batch or, when there is none, have it make safe what it holds."""
+        slot.idle = False
+        if self._more():
             slot.batch = self._queue.popleft()
-            slot.task = slot.actor.run.remote(slot.batch.items)
+            self._unsafe.add(slot.number)
+            self._await(slot, slot.actor.run.remote(slot.batch.items))
         elif slot.held:
             slot.finishing = True
-            slot.task = slot.actor.finish.remote()
+            self._await(slot, slot.actor.finish.remote())
         else:
-            return
-        slot.idle, slot.since = False, time.monotonic()
+            slot.idle = True
+            self._idle.append(slot)
+
+    def _lose_late_ones(self) -> Iterator[Event[T, R]]:
+        for slot in list(self._slots):
+            limit = self._timeout_s if slot.batch or slot.finishing else self._start_timeout_s
+            if not slot.idle and time.monotonic() - slot.since > limit:
+                yield from self._lose(slot, f"no answer within {limit:.0f} s")
 
     def _take(self, slot: _Slot[T]) -> Iterator[Event[T, R]]:
         """Fetch what a slot's finished task left: a report, safe ids, a worker's readiness, or a failure."""
         try:
-            value = ray.get(slot.task)
+            value = slot.answer.result()
         except (RayActorError, WorkerCrashedError) as error:
             if isinstance(error, ActorDiedError) and error.actor_init_failed:
                 raise DispatchError(f"a worker could not start: {_innermost(error)}") from error
@@ -214,16 +260,17 @@ class Dispatcher(Generic[T, R]):
             # The worker lives on, but what the failed batch left in it cannot be trusted.
             yield from self._lose(slot, f"{type(cause).__name__}: {_first_line(cause)}")
             return
-        batch, slot.batch, slot.idle, slot.finishing = slot.batch, None, True, False
+        batch, slot.batch, slot.finishing = slot.batch, None, False
         self._failed_starts = 0
         if batch is not None:
             slot.held.update((item.prompt_id, item) for item in batch.items)
-            for safe in value.durable:
-                slot.held.pop(safe, None)
+        for safe in value.durable if batch is not None else value or ():
+            slot.held.pop(safe, None)
+        if not slot.held:
+            self._unsafe.discard(slot.number)
+        self._give(slot)
+        if batch is not None:
             yield Done(batch.items, value.result)
-        else:
-            for safe in value or ():
-                slot.held.pop(safe, None)
 
     def _lose(self, slot: _Slot[T], reason: str) -> Iterator[Event[T, R]]:
         """Replace a slot's worker and put its work back: the failed batch in parts, the rest as it was."""
@@ -236,9 +283,10 @@ class Dispatcher(Generic[T, R]):
         yield Lost(slot.number, reason, len(held) + (len(slot.batch.items) if slot.batch else 0))
         for start in range(0, len(held), self._largest):
             self._queue.appendleft(_Batch(held[start : start + self._largest]))
+        self._unsafe.discard(slot.number)
+        self._slots[slot.number] = self._place(slot.number)
         if slot.batch is not None:
             yield from self._split(slot.batch, reason)
-        self._slots[slot.number] = self._place(slot.number)
 
     def _split(self, batch: _Batch[T], reason: str) -> Iterator[GivenUp[T]]:
         attempts = batch.attempts + 1
@@ -246,11 +294,11 @@ class Dispatcher(Generic[T, R]):
             if attempts >= self._max_attempts:
                 yield GivenUp(batch.items[0], f"failed {attempts} times, the last time: {reason}")
             else:
-                self._queue.append(_Batch(batch.items, attempts))
+                self._failed.append(_Batch(batch.items, attempts))
             return
         size = 1 if attempts >= self._max_attempts - 1 else -(-len(batch.items) // PARTS)
         for start in range(0, len(batch.items), size):
-            self._queue.append(_Batch(batch.items[start : start + size], attempts))
+            self._failed.append(_Batch(batch.items[start : start + size], attempts))
 
 
 def _first_line(error: BaseException) -> str:
