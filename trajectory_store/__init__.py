@@ -20,6 +20,7 @@ from trajectory_store.feed import FeedStep, Position, TrajectoryFeed
 from trajectory_store.follow import FollowPosition, FollowStep, RoundFollower
 from trajectory_store.manifest import Manifest, ShardEntry
 from trajectory_store.order import balanced_shares, global_order, order_windows, step_bounds
+from trajectory_store.prompt_ids import PromptIds
 from trajectory_store.provenance import Provenance
 from trajectory_store.reader import TrajectoryReader
 from trajectory_store.rows import ArrivingRows, SealedRows, WaitInterruptedError
@@ -38,6 +39,7 @@ __all__ = [
     "Manifest",
     "MissingShardError",
     "Position",
+    "PromptIds",
     "Provenance",
     "ProvenanceMismatchError",
     "Round",

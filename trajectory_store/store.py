@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from trajectory_store.errors import (
     CorruptShardError,
@@ -30,6 +31,7 @@ from trajectory_store.errors import (
 )
 from trajectory_store.folder import Folder
 from trajectory_store.manifest import Manifest, read_manifest
+from trajectory_store.prompt_ids import PromptIds
 from trajectory_store.provenance import Provenance
 from trajectory_store.reader import DEFAULT_CACHE_BYTES, TrajectoryReader
 from trajectory_store.seal import READ_THREADS, build_manifest
@@ -66,7 +68,7 @@ class Round:
 
     folder: Folder
     number: int
-    _known_ids: dict[str, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
+    _known_ids: dict[str, pa.Array] = field(default_factory=dict, repr=False, compare=False)
     """Prompt ids of shards read before: a shard never changes, so asking again reads only new ones."""
     _known_rejects: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
     """Prompt id and reason by file; a reject never changes either."""
@@ -137,21 +139,29 @@ class Round:
                 raise CorruptShardError(f"{folder.path_of(name)} is not a readable reject record ({error})") from error
         return dict(self._known_rejects[name] for name in names)
 
-    def committed_ids(self) -> set[str]:
+    def committed_ids(self) -> PromptIds:
         """Prompt ids in all published shards, sealed or not; reads the id columns only.
 
         Raises:
             CorruptShardError: names a damaged shard. Delete that file and its prompts are collected again.
         """
+        return PromptIds(self._ids_of_shards())
+
+    def has_committed(self, prompt_id: str) -> bool:
+        """Whether a prompt is in a published shard; errors as ``committed_ids``."""
+        return any(pc.index(ids, prompt_id).as_py() >= 0 for ids in self._ids_of_shards())
+
+    def _ids_of_shards(self) -> list[pa.Array]:
         names = self.shard_names()
         unknown = [name for name in names if name not in self._known_ids]
         with ThreadPoolExecutor(READ_THREADS) as pool:
             self._known_ids.update(zip(unknown, pool.map(self._ids_of, unknown), strict=True))
-        return set().union(*(self._known_ids[name] for name in names))
+        return [self._known_ids[name] for name in names]
 
-    def _ids_of(self, name: str) -> frozenset[str]:
+    def _ids_of(self, name: str) -> pa.Array:
         file = ShardFile(self.folder, name, ["prompt_id"])
-        return frozenset(i for number in range(file.batches) for i in file.read_batch(number)["prompt_id"].to_pylist())
+        columns = [file.read_batch(number)["prompt_id"] for number in range(file.batches)]
+        return pa.concat_arrays([pa.array([], pa.string()), *columns])
 
     def shard_names(self) -> list[str]:
         """Names of the published shards, sorted."""

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from ray.actor import ActorHandle
 from transformers import AutoConfig
 
 from jf_cluster import __version__
+from jf_cluster.collect.batches import batches_of, left_over
 from jf_cluster.collect.crew import Crew
 from jf_cluster.collect.dispatch import Dispatcher, Done, GivenUp, Lost
-from jf_cluster.collect.prompts import Prompt, load_prompts, unusable
+from jf_cluster.collect.prompts import Prompt, Prompts, load_prompts, unusable
 from jf_cluster.collect.worker import Collector, Counts
 from jf_cluster.config import Config, ConfigError
 from jf_cluster.evaluate.graders.sandbox import SandboxError
@@ -31,7 +32,7 @@ from jf_cluster.models import ModelError, load_tokenizer, model_hash, resolve, t
 from jf_cluster.progress import meter
 from jf_cluster.tracking import StageRun, Tracker
 from jf_cluster.whole_files import write_whole
-from trajectory_store import Manifest, Provenance, Round, StoreError, TrajectoryStore, order_windows
+from trajectory_store import Manifest, Provenance, Round, StoreError, TrajectoryStore
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Undertaking:
     """A round that is to be collected: where, from which prompts, and what its trajectories have in common."""
 
     folder: Round
-    prompts: list[Prompt]
+    prompts: Prompts
     provenance: Provenance
 
     @classmethod
@@ -142,22 +143,13 @@ def _work(
     """Bring every prompt of the round to a committed trajectory or a reject."""
     folder, prompts, provenance = undertaking.folder, undertaking.prompts, undertaking.provenance
     round_number = provenance.round_number
-    context = context_tokens(config)
-    done = folder.committed_ids() | folder.rejects().keys()
-    left = [p for p in prompts if p.prompt_id not in done]
-    usable = []
-    for prompt in left:
-        if (reason := unusable(prompt, context, config.collect.max_new_tokens)) is not None:
-            folder.reject(prompt.prompt_id, reason)
-        else:
-            usable.append(prompt)
+    left = left_over(prompts, folder)
     logger.info(
-        "collecting round %d with model %d: %d prompts, block size %d, %d workers%s%s",
-        *(round_number, round_number - 1, len(usable), provenance.block_size, config.collect.workers),
-        f", {len(done)} done before" if done else "",
-        f", {len(left) - len(usable)} rejected" if len(left) > len(usable) else "",
+        "collecting round %d with model %d: %d prompts, block size %d, %d workers%s",
+        *(round_number, round_number - 1, len(left), provenance.block_size, config.collect.workers),
+        f", {len(prompts) - len(left)} done before" if len(left) < len(prompts) else "",
     )
-    if not usable:
+    if not len(left):
         return
     attempt = uuid.uuid4().hex[:8]
     starts = itertools.count(1)
@@ -176,10 +168,26 @@ def _work(
     )
     total, logged_at = Counts(), 0.0
     troubles = Troubles(rejects=len(folder.rejects()))
+    context = context_tokens(config)
     begun = time.monotonic()
-    with meter(f"round {round_number} prompts", len(prompts), len(prompts) - len(usable), stage.progress) as progress:
+    with meter(f"round {round_number} prompts", len(prompts), len(prompts) - len(left), stage.progress) as progress:
+
+        def reject(prompt: Prompt, reason: str) -> None:
+            folder.reject(prompt.prompt_id, reason)
+            troubles.rejects += 1
+            progress.advance(1)
+
+        def usable() -> Iterator[list[Prompt]]:
+            for batch in batches_of(config, prompts, left):
+                reasons = [unusable(prompt, context, config.collect.max_new_tokens) for prompt in batch]
+                for prompt, reason in zip(batch, reasons, strict=True):
+                    if reason is not None:
+                        reject(prompt, reason)
+                if None in reasons:
+                    yield [prompt for prompt, reason in zip(batch, reasons, strict=True) if reason is None]
+
         try:
-            for event in dispatcher.run(_batches(config, prompts, usable)):
+            for event in dispatcher.run(usable()):
                 match event:
                     case Done(items, counts):
                         total += counts
@@ -188,12 +196,10 @@ def _work(
                         if time.monotonic() - logged_at > METRICS_EVERY_S:
                             logged_at = time.monotonic()
                             stage.metrics(_metrics(total, rate, troubles, progress.done), step=progress.done)
-                    case GivenUp(prompt, _) if prompt.prompt_id in folder.committed_ids():
+                    case GivenUp(prompt, _) if folder.has_committed(prompt.prompt_id):
                         progress.advance(1)  # its worker died after it was safe, before it could say so
                     case GivenUp(prompt, reason):
-                        folder.reject(prompt.prompt_id, reason)
-                        troubles.rejects += 1
-                        progress.advance(1)
+                        reject(prompt, reason)
                         logger.warning("prompt %s is rejected: %s", prompt.prompt_id, reason)
                     case Lost(worker, reason, redone):
                         troubles.workers_replaced += 1
@@ -203,24 +209,6 @@ def _work(
             summary.add(time.monotonic() - begun, total, troubles)
     rate = total.response_tokens / (time.monotonic() - begun)
     stage.metrics(_metrics(total, rate, troubles, progress.done), progress.done)
-
-
-def _batches(config: Config, prompts: Sequence[Prompt], usable: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-    """Batches of the usable prompts; for a trainer that follows, in the pieces that it takes them in."""
-    size = config.collect.batch_prompts
-    if config.overlap == "alternate":
-        yield from batches_by_length(usable, size)
-        return
-    by_id = {p.prompt_id: p for p in usable}
-    ids = sorted(p.prompt_id for p in prompts)  # a prompt's place among them is its row in the round
-    for rows in order_windows(len(ids), config.seed, 0, config.train.packing_rows):
-        yield from batches_by_length([by_id[ids[row]] for row in rows if ids[row] in by_id], size)
-
-
-def batches_by_length(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
-    """Prompts of similar length together, the longest first: what does not fit in memory shows at once."""
-    ordered = sorted(prompts, key=lambda p: (-len(p.tokens), p.prompt_id))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def context_tokens(config: Config) -> int:

@@ -1,38 +1,31 @@
-"""Prompts: read, told apart into training and held-out ones, tokenized and given to rounds.
+"""Prompts: told apart into training and held-out ones, given to rounds, tokenized when they are decoded.
 
 A text is held out exactly when its SHA-256 digest says so (one of 16), so training and held-out prompts never overlap
-whatever the order of the data set, and each round of ``fresh`` prompts has a slice of its own.
+whatever the order of the data set, and each round of ``fresh`` prompts has a slice of its own. A round may have tens
+of millions: what is kept of each is its row number, 12 bytes of its digest and its length.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from typing import overload
 
-import datasets
 import numpy as np
-import pyarrow
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from pyarrow import parquet
+import pyarrow as pa
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from jf_cluster.collect.sources import PromptsError, Rows, Source, source_of
 from jf_cluster.config import Config, PromptsConfig, Template
-from jf_cluster.tiny.problems import Split, problem, split_of
+from jf_cluster.tiny.problems import HELD_OUT_BYTES, Split
 
-LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+ID_BYTES = 12
+"""Leading bytes of a text's digest that are its prompt's id, in hexadecimal."""
 
-TINY_SEED = 1_000_000
-"""Generated training prompts come from streams of their own, not from the ones the shipped base was trained on."""
-
-READ_ROWS = 1000
-
-
-class PromptsError(ValueError):
-    """The prompts a configuration asks for cannot be had; the message says what is wrong and what to change."""
+_AS_NUMBERS = ((slice(0, 8), ">u8"), (slice(8, ID_BYTES), ">u4"))
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,64 @@ class Prompt:
     answer: str | None
 
 
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, round_number: int) -> list[Prompt]:
+@dataclass(frozen=True)
+class Listing:
+    """Distinct texts of a split in their order: row numbers int64 [N], digests uint8 [N, 12], characters int32 [N]."""
+
+    rows: Rows
+    digests: NDArray[np.uint8]
+    characters: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, chosen: slice | NDArray[np.generic]) -> Listing:
+        return Listing(self.rows[chosen], self.digests[chosen], self.characters[chosen])
+
+
+class Prompts(Sequence[Prompt]):
+    """The prompts of a round, read and tokenized one by one when they are asked for."""
+
+    def __init__(self, source: Source, listing: Listing, tokenizer: PreTrainedTokenizerBase, template: Template):
+        self._source, self._listing, self._tokenizer, self._template = source, listing, tokenizer, template
+
+    def __len__(self) -> int:
+        return len(self._listing)
+
+    @overload
+    def __getitem__(self, place: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Prompt]: ...
+    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
+        places = range(len(self))[place]
+        return self.take(places) if isinstance(places, range) else self.take([places])[0]
+
+    @property
+    def characters(self) -> NDArray[np.int32]:
+        """Length of each prompt's text, int32 [N]."""
+        return self._listing.characters
+
+    @cached_property
+    def ids(self) -> pa.LargeStringArray:
+        """Prompt id of each."""
+        digits = np.array([list(f"{byte:02x}".encode()) for byte in range(256)], np.uint8)
+        ends = np.arange(len(self) + 1, dtype=np.int64) * 2 * ID_BYTES
+        text = digits[self._listing.digests].reshape(-1)
+        return pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(ends), pa.py_buffer(text))
+
+    def by_id(self) -> Rows:
+        """Places of all prompts, sorted by their ids."""
+        digests = self._listing.digests
+        leading, rest = (digests[:, part].copy().view(kind).reshape(-1) for part, kind in _AS_NUMBERS)
+        return np.lexsort((rest, leading))
+
+    def take(self, places: Sequence[int] | Rows) -> list[Prompt]:
+        """Give the prompts at some places."""
+        read = self._source.read(self._listing.rows[np.asarray(places, np.int64)])
+        return [tokenized(text, answer, self._tokenizer, self._template) for text, answer in read]
+
+
+def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, round_number: int) -> Prompts:
     """Give the training prompts of a round, ``prompts.per_round`` of them.
 
     Raises:
@@ -57,16 +107,16 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, round_numbe
     """
     settings = config.prompts
     skipped = (round_number - 1) * settings.per_round if settings.fresh else 0
-    chosen = list(itertools.islice(_texts(config, "train"), skipped, skipped + settings.per_round))
-    if len(chosen) < settings.per_round:
-        raise _too_few(config, round_number)
-    return [tokenized(text, answer, tokenizer, settings.template) for text, answer in chosen]
+    last = skipped + settings.per_round
+    source = source_of(config, "train")
+    found = listings(source, {"train": last})["train"]
+    if len(found) < last:
+        raise _too_few(settings, round_number, len(found))
+    return Prompts(source, found[skipped:last], tokenizer, settings.template)
 
 
-def _too_few(config: Config, round_number: int) -> PromptsError:
-    settings = config.prompts
+def _too_few(settings: PromptsConfig, round_number: int, there: int) -> PromptsError:
     needed = settings.per_round * (round_number if settings.fresh else 1)
-    there = sum(1 for _ in itertools.islice(_texts(config, "train"), needed))
     return PromptsError(
         f"collecting up to round {round_number} needs {needed} distinct training prompts and {settings.source} has "
         f"{there} (one of 16 is held out): lower prompts.per_round"
@@ -83,15 +133,15 @@ def check_prompts(config: Config, last_round: int) -> None:
     settings = config.prompts
     if settings.source == "tiny":
         return
-    needed = {"train": settings.per_round * (last_round if settings.fresh else 1), "heldout": settings.held_out}
-    found = {"train": 0, "heldout": 0}
-    for split in _splits(config):
-        found[split] += 1
-        if all(found[name] >= needed[name] for name in needed):
-            return
+    needed: dict[Split, int] = {
+        "train": settings.per_round * (last_round if settings.fresh else 1),
+        "heldout": settings.held_out,
+    }
+    found = {split: len(listing) for split, listing in listings(source_of(config, "train"), needed).items()}
     if found["train"] < needed["train"]:
-        raise _too_few(config, last_round)
-    raise _too_few_held_out(settings, found["heldout"])
+        raise _too_few(settings, last_round, found["train"])
+    if found["heldout"] < needed["heldout"]:
+        raise _too_few_held_out(settings, found["heldout"])
 
 
 def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -101,10 +151,11 @@ def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list
         PromptsError: the source cannot be read, lacks the column, or has too few held-out prompts.
     """
     settings = config.prompts
-    chosen = list(itertools.islice(_texts(config, "heldout"), settings.held_out))
-    if len(chosen) < settings.held_out:
-        raise _too_few_held_out(settings, len(chosen))
-    return [tokenized(text, answer, tokenizer, settings.template) for text, answer in chosen]
+    source = source_of(config, "heldout")
+    found = listings(source, {"heldout": settings.held_out})["heldout"]
+    if len(found) < settings.held_out:
+        raise _too_few_held_out(settings, len(found))
+    return Prompts(source, found, tokenizer, settings.template)[: settings.held_out]
 
 
 def _too_few_held_out(settings: PromptsConfig, there: int) -> PromptsError:
@@ -114,94 +165,44 @@ def _too_few_held_out(settings: PromptsConfig, there: int) -> PromptsError:
     )
 
 
-def _splits(config: Config) -> Iterator[Split]:
-    """Yield the split of every distinct text."""
-    seen: set[bytes] = set()
-    for text, _ in _rows(config):
-        digest = hashlib.sha256(text.encode()).digest()
-        if digest not in seen:
-            seen.add(digest)
-            yield split_of(text)
+def listings(source: Source, wanted: Mapping[Split, int]) -> dict[Split, Listing]:
+    """List distinct texts until there are enough of every split that is wanted, or no more."""
+    none = Listing(np.zeros(0, np.int64), np.zeros((0, ID_BYTES), np.uint8), np.zeros(0, np.int32))
+    found: dict[Split, Listing] = dict.fromkeys(wanted, none)
+    new: dict[Split, list[Listing]] = {split: [] for split in wanted}
+
+    def enough() -> bool:
+        for split, count in wanted.items():
+            if len(found[split]) < count and len(found[split]) + sum(map(len, new[split])) >= count:
+                found[split], new[split] = _distinct([found[split], *new[split]]), []
+        return all(len(found[split]) >= count for split, count in wanted.items())
+
+    for rows, texts in source.blocks():
+        digests = b"".join([hashlib.sha256(text.encode()).digest()[:ID_BYTES] for text in texts])
+        lengths = np.fromiter(map(len, texts), np.int32, len(texts))
+        block = Listing(rows, np.frombuffer(digests, np.uint8).reshape(-1, ID_BYTES), lengths)
+        held_out = block.digests[:, 0] < HELD_OUT_BYTES
+        for split in wanted:
+            new[split].append(block[held_out if split == "heldout" else ~held_out])
+        if enough():
+            break
+    return {split: _distinct([found[split], *new[split]])[: wanted[split]] for split in wanted}
 
 
-def _texts(config: Config, split: Split) -> Iterator[tuple[str, str | None]]:
-    """Yield the distinct texts of a split with their answers, always in the same order."""
-    seen: set[bytes] = set()
-    rows = _tiny(config.seed, split) if config.prompts.source == "tiny" else _rows(config)
-    for text, answer in rows:
-        if split_of(text) != split:
-            continue
-        digest = hashlib.sha256(text.encode()).digest()
-        if digest not in seen:
-            seen.add(digest)
-            yield text, answer
-
-
-def _tiny(seed: int, split: Split) -> Iterator[tuple[str, str | None]]:
-    """Yield generated problems; the held-out ones are the same whatever the seed."""
-    stream = 0 if split == "heldout" else TINY_SEED + seed
-    for index in itertools.count():
-        drawn = problem(split, stream, index)
-        yield drawn.question, str(drawn.answer)
-
-
-def _rows(config: Config) -> Iterator[tuple[str, str | None]]:
-    """Yield text and answer of every row of a data set, in an order that depends on the seed alone."""
-    settings = config.prompts
-    data = read_dataset(settings.source, settings.subset, settings.split, "prompts.source")
-    columns = [settings.column] + ([settings.answer_column] if settings.answer_column else [])
-    for name in columns:
-        if name not in data.column_names:
-            raise PromptsError(
-                f"{settings.source} has no column {name!r}; it has {', '.join(data.column_names)}: "
-                "set prompts.column (and prompts.answer_column)"
-            )
-    if len(data) == 0:
-        raise PromptsError(f"{settings.source} has no rows")
-    shuffled = data.select_columns(columns).shuffle(seed=config.seed)
-    for batch in shuffled.iter(batch_size=READ_ROWS):
-        answers = batch[settings.answer_column] if settings.answer_column else itertools.repeat(None)
-        for text, answer in zip(batch[settings.column], answers, strict=False):
-            if not isinstance(text, str):
-                raise PromptsError(
-                    f"column {settings.column!r} of {settings.source} holds {type(text).__name__}, not text"
-                )
-            yield text, _as_text(answer)
-
-
-def _as_text(answer: object) -> str | None:
-    """A reference answer as text; a list, such as MBPP's tests, as JSON."""
-    return json.dumps(answer) if isinstance(answer, list) else None if answer is None else str(answer)
-
-
-def read_dataset(source: str, subset: str | None, split: str, setting: str) -> datasets.Dataset:
-    """Read a local file, or a data set of the Hugging Face hub; ``setting`` is the one to name in messages.
-
-    Raises:
-        PromptsError: it cannot be read or has no rows.
-    """
-    datasets.disable_progress_bars()
-    path = Path(source)
-    kind = next((kind for suffix, kind in LOCAL_FORMATS.items() if path.name.endswith(suffix)), None)
-    try:
-        if kind is not None:
-            if not path.is_file():
-                raise PromptsError(f"there is no file {path} ({setting})")
-            # `datasets` fails on empty files with messages about other things.
-            if path.stat().st_size == 0 or (kind == "parquet" and parquet.read_metadata(path).num_rows == 0):
-                raise PromptsError(f"{path} ({setting}) is empty: it has no rows")
-            return datasets.load_dataset(kind, data_files=str(path), split="train")
-        return datasets.load_dataset(source, subset, split=split)
-    except DatasetNotFoundError as error:
-        raise PromptsError(
-            f"{source} ({setting}) is neither 'tiny', nor a .json, .jsonl or .parquet file, nor a data set that can be "
-            f"reached: {error}"
-        ) from error
-    except (DatasetGenerationError, pyarrow.ArrowException, ConnectionError, ValueError) as error:
-        if isinstance(error, PromptsError):
-            raise
-        reason = error.__cause__ or error
-        raise PromptsError(f"{source} ({setting}) cannot be read: {reason}") from error
+def _distinct(parts: Sequence[Listing]) -> Listing:
+    """All parts together, of texts that come again only the first."""
+    rows, characters = (np.concatenate([getattr(p, name) for p in parts]) for name in ("rows", "characters"))
+    digests = np.concatenate([p.digests for p in parts])
+    leading = digests[:, :8].copy().view(np.uint64).reshape(-1)
+    order = np.argsort(leading)
+    same = leading[order[1:]] == leading[order[:-1]]
+    kept = np.ones(len(rows), bool)
+    if same.any():  # sorting whole digests takes a minute where sorting numbers takes a second
+        suspects = np.unique(order[np.flatnonzero(same)[:, None] + [0, 1]])
+        _, first = np.unique(digests[suspects].copy().view(f"S{ID_BYTES}").reshape(-1), return_index=True)
+        kept[suspects] = False
+        kept[suspects[first]] = True
+    return Listing(rows, digests, characters)[kept]
 
 
 def in_chat(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
@@ -222,7 +223,7 @@ def tokenized(text: str, answer: str | None, tokenizer: PreTrainedTokenizerBase,
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     else:
         ids = tokenizer(text)["input_ids"]
-    prompt_id = hashlib.sha256(text.encode()).hexdigest()[:24]
+    prompt_id = hashlib.sha256(text.encode()).digest()[:ID_BYTES].hex()
     return Prompt(prompt_id, np.asarray(ids, dtype=np.int32), text, answer)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from jf_cluster.collect.collecting import batches_by_length, context_tokens
+from jf_cluster.collect.batches import batches_by_length
+from jf_cluster.collect.collecting import context_tokens
 from jf_cluster.collect.crew import Crew
 from jf_cluster.collect.dispatch import Dispatcher, Done, GivenUp, Lost
 from jf_cluster.collect.prompts import Prompt, unusable
@@ -105,7 +106,8 @@ def _answers(config: Config, round_number: int, prompts: Sequence[Prompt], stage
     )
     answers = Answers()
     with meter(f"model {round_number} evaluation prompts", len(prompts), tell=stage.progress) as progress:
-        for event in dispatcher.run(batches_by_length(prompts, config.evaluate.batch_prompts)):
+        batches = batches_by_length([len(p.tokens) for p in prompts], config.evaluate.batch_prompts)
+        for event in dispatcher.run([prompts[i] for i in places] for places in batches):
             match event:
                 case Done(items, found):
                     answers.add(found)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from jf_cluster.collect.prompts import Prompt, PromptsError, held_out_prompts, in_chat, read_dataset, tokenized
+from jf_cluster.collect.prompts import Prompt, held_out_prompts, in_chat, tokenized
+from jf_cluster.collect.sources import PromptsError, read_dataset
 from jf_cluster.config import Config, ConfigError, Grader, Task
 from jf_cluster.evaluate.graders.code import CodeReference
 

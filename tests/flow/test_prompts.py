@@ -6,15 +6,18 @@ import json
 import random
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from jf_cluster.collect import sources
 from jf_cluster.collect.prompts import PromptsError, check_prompts, held_out_prompts, load_prompts
 from jf_cluster.config import Config
 from jf_cluster.models import load_tokenizer
 from jf_cluster.tiny.pretrain import encode
+from jf_cluster.tiny.problems import split_of
 from tests.flow.conftest import small_config
 
 TEXTS = [f"How many is {i} and {i + 1}?" for i in range(400)]
@@ -139,3 +142,20 @@ def test_a_parquet_file_without_rows(tmp_path: Path, base_model: Path) -> None:
     config = small_config(tmp_path / "runs", base_model, prompts={"source": str(tmp_path / "empty.parquet")})
     with pytest.raises(PromptsError, match="has no rows"):
         check_prompts(config, 1)
+
+
+def test_prompts_come_in_the_order_of_a_shuffle_each_text_where_it_comes_first(
+    tmp_path: Path, base_model: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listed in small blocks, so that texts come again in later ones."""
+    monkeypatch.setattr(sources, "FIRST_BLOCK", 7)
+    texts = [TEXTS[i % 250] for i in range(400)]
+    config = written(tmp_path, base_model, [{"question": t} for t in texts], per_round=90)
+    shuffled = datasets.Dataset.from_dict({"question": texts}).shuffle(seed=config.seed)["question"]
+    expected = [t for t in dict.fromkeys(shuffled) if split_of(t) == "train"]
+    for number in (1, 2):
+        prompts = load_prompts(config, tokenizer, number)
+        assert [p.text for p in prompts] == expected[90 * (number - 1) : 90 * number]
+        assert prompts.ids.to_pylist() == [p.prompt_id for p in prompts]
+        assert prompts.characters.tolist() == [len(p.text) for p in prompts]
+        assert [p.text for p in prompts[-3:]] == expected[90 * number - 3 : 90 * number]

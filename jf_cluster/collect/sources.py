@@ -1,0 +1,155 @@
+"""Where prompts come from: rows of a data set or generated problems, in an order that the seed alone decides.
+
+Texts are read in blocks for as long as somebody wants more, and again by their row numbers when they are decoded;
+nobody holds all of them at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+from jf_cluster.config import Config
+from jf_cluster.tiny.problems import Split, problem
+
+LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+
+TINY_SEED = 1_000_000
+"""Generated training prompts come from streams of their own, not from the ones the shipped base was trained on."""
+
+FIRST_BLOCK, LARGEST_BLOCK = 1 << 10, 1 << 18
+"""Rows read at a time: few where few are wanted; Arrow gathers many at once far faster than one after the other."""
+
+Rows = NDArray[np.int64]
+
+
+class PromptsError(ValueError):
+    """The prompts a configuration asks for cannot be had; the message says what is wrong and what to change."""
+
+
+class Source(Protocol):
+    """Texts by row number."""
+
+    def blocks(self) -> Iterator[tuple[Rows, list[str]]]:
+        """Yield row numbers and texts, always in the same order."""
+
+    def read(self, rows: Rows) -> list[tuple[str, str | None]]:
+        """Give the texts of some rows with their reference answers, None where there are none."""
+
+
+class Generated:
+    """Problems of the embedded run, without end; the held-out ones are the same whatever the seed."""
+
+    def __init__(self, seed: int, split: Split) -> None:
+        self._split: Split = split
+        self._stream = 0 if split == "heldout" else TINY_SEED + seed
+
+    def blocks(self) -> Iterator[tuple[Rows, list[str]]]:
+        for start in itertools.count(0, FIRST_BLOCK):
+            rows = np.arange(start, start + FIRST_BLOCK)
+            yield rows, [text for text, _ in self.read(rows)]
+
+    def read(self, rows: Rows) -> list[tuple[str, str | None]]:
+        drawn = (problem(self._split, self._stream, row) for row in rows.tolist())
+        return [(p.question, str(p.answer)) for p in drawn]
+
+
+class DataSet:
+    """Rows of a local file or a data set of the hub, shuffled.
+
+    Raises:
+        PromptsError: it cannot be read, has no rows or lacks a column.
+    """
+
+    def __init__(self, config: Config) -> None:
+        settings = config.prompts
+        data = read_dataset(settings.source, settings.subset, settings.split, "prompts.source")
+        for name in filter(None, (settings.column, settings.answer_column)):
+            if name not in data.column_names:
+                raise PromptsError(
+                    f"{settings.source} has no column {name!r}; it has {', '.join(data.column_names)}: "
+                    "set prompts.column (and prompts.answer_column)"
+                )
+        if len(data) == 0:
+            raise PromptsError(f"{settings.source} has no rows")
+        self._settings, self._seed, self._count = settings, config.seed, len(data)
+        self._texts = data.data.column(settings.column)
+        self._answers = data.data.column(settings.answer_column) if settings.answer_column else None
+
+    def blocks(self) -> Iterator[tuple[Rows, list[str]]]:
+        """As ``Source``; the order is that of ``datasets.Dataset.shuffle``.
+
+        Raises:
+            PromptsError: the column holds something else than text.
+        """
+        order = np.random.default_rng(self._seed).permutation(self._count)
+        start, size = 0, FIRST_BLOCK
+        while start < self._count:
+            rows = order[start : start + size]
+            yield rows, self._text_of(rows)
+            start, size = start + size, min(2 * size, LARGEST_BLOCK)
+
+    def read(self, rows: Rows) -> list[tuple[str, str | None]]:
+        texts = self._text_of(rows)
+        if self._answers is None:
+            return [(text, None) for text in texts]
+        return list(zip(texts, map(_as_text, self._answers.take(pa.array(rows)).to_pylist()), strict=True))
+
+    def _text_of(self, rows: Rows) -> list[str]:
+        texts: list[str] = self._texts.take(pa.array(rows)).to_pylist()
+        for text in texts:
+            if not isinstance(text, str):
+                raise PromptsError(
+                    f"column {self._settings.column!r} of {self._settings.source} holds {type(text).__name__}, not text"
+                )
+        return texts
+
+
+def source_of(config: Config, split: Split) -> Source:
+    """Give the configured source; a data set's blocks hold texts of the other split too."""
+    return Generated(config.seed, split) if config.prompts.source == "tiny" else DataSet(config)
+
+
+def _as_text(answer: object) -> str | None:
+    """A reference answer as text; a list, such as MBPP's tests, as JSON."""
+    return json.dumps(answer) if isinstance(answer, list) else None if answer is None else str(answer)
+
+
+def read_dataset(source: str, subset: str | None, split: str, setting: str) -> datasets.Dataset:
+    """Read a local file, or a data set of the Hugging Face hub; ``setting`` is the one to name in messages.
+
+    Raises:
+        PromptsError: it cannot be read or has no rows.
+    """
+    datasets.disable_progress_bars()
+    path = Path(source)
+    kind = next((kind for suffix, kind in LOCAL_FORMATS.items() if path.name.endswith(suffix)), None)
+    try:
+        if kind is not None:
+            if not path.is_file():
+                raise PromptsError(f"there is no file {path} ({setting})")
+            # `datasets` fails on empty files with messages about other things.
+            if path.stat().st_size == 0 or (kind == "parquet" and parquet.read_metadata(path).num_rows == 0):
+                raise PromptsError(f"{path} ({setting}) is empty: it has no rows")
+            return datasets.load_dataset(kind, data_files=str(path), split="train")
+        return datasets.load_dataset(source, subset, split=split)
+    except DatasetNotFoundError as error:
+        raise PromptsError(
+            f"{source} ({setting}) is neither 'tiny', nor a .json, .jsonl or .parquet file, nor a data set that can be "
+            f"reached: {error}"
+        ) from error
+    except (DatasetGenerationError, pa.ArrowException, ConnectionError, ValueError) as error:
+        if isinstance(error, PromptsError):
+            raise
+        reason = error.__cause__ or error
+        raise PromptsError(f"{source} ({setting}) cannot be read: {reason}") from error
