@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,8 +17,14 @@ from pathlib import Path
 
 from bench.measure import MACHINE
 
-NOT_BENCHMARKS = {"__init__", "__main__", "ablate", "ablation", "gpu", "mds", "measure", "published", "tiny_inputs"}
+NOT_BENCHMARKS = {
+    *("__init__", "__main__", "ablate", "ablation", "gpu", "many_prompts", "mds", "measure", "published", "simulated"),
+    "tiny_inputs",
+}
 """Parts of benchmarks; the ablation, which takes hours and a directory for its cells; the list for a GPU."""
+
+NEEDS = {"scale": "ray"}
+"""What the environment must have for a benchmark to be run; the machines with GPUs have torch and no Ray."""
 
 _HEAD = """# Benchmarks
 
@@ -58,6 +65,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted(Path(__file__).parent.glob("*.py")):
             if path.stem in NOT_BENCHMARKS:
+                continue
+            if path.stem in NEEDS and importlib.util.find_spec(NEEDS[path.stem]) is None:
+                print(f"{path.stem}: left out, there is no {NEEDS[path.stem]} here", file=sys.stderr)
                 continue
             figures = Path(folder, f"{path.stem}.json")
             quiet = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}

@@ -84,11 +84,11 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     _return_freed_memory()
-    before, peak, stop = _resident(), [0], threading.Event()
+    before, peak, stop = resident(), [0], threading.Event()
 
     def watch() -> None:
         while not stop.is_set():
-            peak[0] = max(peak[0], _resident())
+            peak[0] = max(peak[0], resident())
             time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)
@@ -107,7 +107,7 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD; setting it also stops glibc from raising it
 
 
-def _resident() -> int:
+def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

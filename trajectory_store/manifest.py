@@ -136,9 +136,10 @@ def read_manifest(folder: Folder) -> Manifest:
 def content_hash(index: pa.Table) -> str:
     """SHA-256 over prompt ids and row digests in canonical order, hexadecimal."""
     hasher = hashlib.sha256(f"trajectory_store:{SCHEMA_VERSION}:{index.num_rows}".encode())
-    for prompt_id, digest in zip(index["prompt_id"].to_pylist(), index["digest"].to_pylist(), strict=True):
-        hasher.update(f"{len(prompt_id.encode())}:{prompt_id}".encode())
-        hasher.update(digest)
+    for batch in index.select(["prompt_id", "digest"]).to_batches(max_chunksize=1 << 16):  # not all as Python objects
+        for prompt_id, digest in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            hasher.update(f"{len(prompt_id.encode())}:{prompt_id}".encode())
+            hasher.update(digest)
     return hasher.hexdigest()
 
 

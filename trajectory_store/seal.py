@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from trajectory_store.folder import Folder
 from trajectory_store.manifest import INDEX_SCHEMA, Manifest, ShardEntry, content_hash, encode_index
+from trajectory_store.prompt_ids import PromptIds
 from trajectory_store.provenance import Provenance
 from trajectory_store.schema import SUMMARY_COLUMNS
 from trajectory_store.shard import ShardFile, ShardName
@@ -93,13 +94,14 @@ def build_manifest(
     index = canonical_index(summaries)
     index_name, content = encode_index(index, salt)
     response_tokens = index["response_tokens"].to_numpy().astype(np.int64)
-    kept = set(index["prompt_id"].to_pylist()) if rejected else set()
+    given_up = PromptIds([pa.array(list(rejected), pa.large_string())])
+    committed = int(given_up.mask(index["prompt_id"].combine_chunks()).sum()) if rejected else 0
     manifest = Manifest(
         rows=index.num_rows,
         response_tokens=int(response_tokens.sum()),
         blocks=int(np.sum(-(-response_tokens // provenance.block_size))),
         iterations=int(index["iteration_count"].to_numpy().astype(np.int64).sum()),
-        rejects=len(rejected - kept),
+        rejects=len(rejected) - committed,
         content_hash=content_hash(index),
         provenance=provenance,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
