@@ -97,7 +97,7 @@ def _prompts(folder: Path, count: int) -> Prompts:
     return load_prompts(config, load_tokenizer(config), 1)
 
 
-def _round(folder: Path, count: int) -> Round:
+def round_of(folder: Path, count: int) -> Round:
     return TrajectoryStore(_config(folder, count).store_url).round(1)
 
 
@@ -113,7 +113,7 @@ def resume(folder: Path, count: int) -> float:
     from jf_cluster.collect.collecting import batches_by_length, left_over
 
     begun = time.perf_counter()
-    prompts, round_ = _prompts(folder, count), _round(folder, count)
+    prompts, round_ = _prompts(folder, count), round_of(folder, count)
     left = left_over(prompts, round_)
     first = prompts.take(left[next(batches_by_length(prompts.characters[left], 64))])
     seconds = time.perf_counter() - begun
@@ -125,7 +125,7 @@ def resume(folder: Path, count: int) -> float:
 def seal(folder: Path, count: int) -> float:
     """Fix the round's content: index and manifest."""
     begun = time.perf_counter()
-    assert _round(folder, count).seal(PROVENANCE).rows == _committed(count)
+    assert round_of(folder, count).seal(PROVENANCE).rows == _committed(count)
     return time.perf_counter() - begun
 
 
@@ -138,7 +138,7 @@ def plan(folder: Path, count: int) -> float:
 
     config = _config(folder, count)
     begun = time.perf_counter()
-    reader = _round(folder, count).reader()
+    reader = round_of(folder, count).reader()
     source = BatchSource(reader, config, 1, torch.device("cpu"))
     train = config.train
     planned = TrainingPlan(
@@ -160,7 +160,7 @@ def _rejected(count: int) -> int:
 def write_round(folder: Path, count: int) -> float:
     """Commit most of the prompts and reject some, in an order that is not theirs."""
     begun = time.perf_counter()
-    ids, round_ = _prompts(folder, count).ids, _round(folder, count)
+    ids, round_ = _prompts(folder, count).ids, round_of(folder, count)
     with round_.writer(PROVENANCE):
         pass  # registers what the rows have in common
     mixed = ids.take(pa.array(np.random.default_rng(1).permutation(count)))
