@@ -15,7 +15,7 @@ from pyarrow import ipc
 
 from bench import tiny_inputs
 from bench.measure import Value, in_fresh_process
-from trajectory_store import Provenance, Round, TrajectoryStore
+from trajectory_store import Provenance, Round, SealedRows, TrajectoryStore
 from trajectory_store.checksums import checksum_of, column_checksums
 from trajectory_store.schema import schema
 from trajectory_store.shard import ZSTD_LEVEL, ShardName
@@ -110,12 +110,12 @@ def list_prompts(folder: Path, count: int) -> float:
 
 def resume(folder: Path, count: int) -> float:
     """List the prompts, find which are left, and make the first batch of them."""
-    from jf_cluster.collect.collecting import batches_by_length, left_over
+    from jf_cluster.collect.batches import batches_of, left_over
 
     begun = time.perf_counter()
     prompts, round_ = _prompts(folder, count), round_of(folder, count)
     left = left_over(prompts, round_)
-    first = prompts.take(left[next(batches_by_length(prompts.characters[left], 64))])
+    first = next(batches_of(_config(folder, count), prompts, left))
     seconds = time.perf_counter() - begun
     expected = count - _committed(count) - _rejected(count)
     assert len(left) == expected and len(first) == min(64, expected), (len(left), expected)
@@ -138,12 +138,14 @@ def plan(folder: Path, count: int) -> float:
 
     config = _config(folder, count)
     begun = time.perf_counter()
-    reader = round_of(folder, count).reader()
-    source = BatchSource(reader, config, 1, torch.device("cpu"))
+    rows = SealedRows(round_of(folder, count))
+    rows.prompts_digest()  # what training is said to be of
+    source = BatchSource(rows, config, 1, torch.device("cpu"))
     train = config.train
     planned = TrainingPlan(
-        len(reader), source.lengths, config.seed, train.micro_batch_tokens, train.micro_batches_per_step
-    )
+        len(rows), source.lengths, config.seed, train.micro_batch_tokens, train.micro_batches_per_step,
+        train.packing_rows,
+    )  # fmt: skip
     for step in (0, 1):
         assert len(planned.share(step, RANKS - 1, RANKS)) == 1
     return time.perf_counter() - begun

@@ -24,12 +24,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from bench import simulated, tiny_inputs
 from bench.many_prompts import prompt_figures
 from bench.measure import Value, median, parser, report, resident
 from trajectory_store import Provenance, Trajectory, TrajectoryStore
 
 if TYPE_CHECKING:
+    import ray
+    from ray.actor import ActorHandle
+
     from jf_cluster.collect.dispatch import Dispatcher, Event
     from jf_cluster.config import Config
 
@@ -109,11 +114,10 @@ def measured(
     return window
 
 
-def real(config: Config, collectors: int, batch_prompts: int, seconds: float, round_number: int) -> Window:
+def real(config: Config, collectors: int, seconds: float, round_number: int) -> Window:
     """Collect with so many real collectors."""
-    import ray
-
-    from jf_cluster.collect.collecting import batches_by_length
+    from jf_cluster.collect.batches import batches_of
+    from jf_cluster.collect.crew import Crew
     from jf_cluster.collect.dispatch import Dispatcher, Done
     from jf_cluster.collect.prompts import load_prompts
     from jf_cluster.collect.worker import Collector
@@ -125,9 +129,9 @@ def real(config: Config, collectors: int, batch_prompts: int, seconds: float, ro
         model_hash(config.model_dir(0)), tokenizer_hash(tokenizer), config.collect.block_size_of(1), config.seed, 1,
         "bench", {},
     )  # fmt: skip
-    remote = ray.remote(num_cpus=1)(numbered(Collector))
+    crew, job = Crew(config), numbered(Collector)
     dispatcher: Dispatcher[Any, Any] = Dispatcher(
-        lambda number: remote.remote(number, config, 1, provenance, f"real{collectors}.{number}"),
+        lambda number: crew.start(job, number, config, 1, provenance, f"real{collectors}.{number}"),
         workers=collectors, timeout_s=600, max_attempts=1,
     )  # fmt: skip
 
@@ -138,7 +142,7 @@ def real(config: Config, collectors: int, batch_prompts: int, seconds: float, ro
 
     return measured(
         dispatcher,
-        lambda: (prompts.take(p) for p in batches_by_length(prompts.characters, batch_prompts)),
+        lambda: batches_of(config, prompts, np.arange(len(prompts))),
         Window(collectors, seconds),
         read,
     )
@@ -178,10 +182,14 @@ def simulation(
     remote = ray.remote(num_cpus=1 / 512)(simulated.Collector)
     shared_rows = ray.put(list(rows))
     commit_every_s = CollectConfig().commit_every_s
+
+    def start(number: int) -> tuple[ActorHandle, ray.ObjectRef]:
+        actor = remote.remote(str(folder), provenance, number, shared_rows, list(batch_s), commit_every_s)
+        return actor, actor.ready.remote()
+
     dispatcher: Dispatcher[simulated.Item, simulated.Worked] = Dispatcher(
-        lambda number: remote.remote(str(folder), provenance, number, shared_rows, list(batch_s), commit_every_s),
-        workers=collectors, timeout_s=600, max_attempts=1,
-    )  # fmt: skip
+        start, workers=collectors, timeout_s=600, max_attempts=1
+    )
     commits: list[float] = []
 
     def batches() -> Iterator[list[simulated.Item]]:
@@ -231,7 +239,7 @@ def main() -> None:
             }
         )
         with contextlib.nullcontext() if ray.is_initialized() else connected(config):
-            windows = [real(config, n, args.real_batch, args.real_seconds, n) for n in (1, 2)]
+            windows = [real(config, n, args.real_seconds, n) for n in (1, 2)]
             rates = [window.prompts_per_s for window in windows]
             figures |= {"ratio_real_2_vs_1": rates[1] / rates[0]}
             figures |= {f"real_prompts_per_s_{n}": rate for n, rate in zip((1, 2), rates, strict=True)}

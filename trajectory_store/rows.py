@@ -7,6 +7,7 @@ order is made of them, are the same for who reads the sealed round and for who f
 from __future__ import annotations
 
 import hashlib
+import heapq
 import threading
 from bisect import bisect_left
 from collections.abc import Collection, Iterable
@@ -63,7 +64,7 @@ class SealedRows:
     def prompts_digest(self) -> str:
         """SHA-256 over the ids of all prompts; see :func:`digest_of`."""
         index = self.reader.index
-        return digest_of([*self._given_up, *(index.prompt_id(i) for i in range(len(index)))])
+        return _digest_of_sorted(heapq.merge(self._given_up, map(index.prompt_id, range(len(index)))))
 
 
 class ArrivingRows:
@@ -171,7 +172,11 @@ class WaitInterruptedError(StoreError):
 
 def digest_of(prompt_ids: Collection[str]) -> str:
     """SHA-256 over prompt ids, hexadecimal, in whatever order they come."""
+    return _digest_of_sorted(sorted(prompt_ids))
+
+
+def _digest_of_sorted(prompt_ids: Iterable[str]) -> str:
     hasher = hashlib.sha256()
-    for prompt_id in sorted(prompt_ids):
+    for prompt_id in prompt_ids:
         hasher.update(f"{len(prompt_id.encode())}:{prompt_id}".encode())
     return hasher.hexdigest()
