@@ -183,8 +183,8 @@ def simulation(
     shared_rows = ray.put(list(rows))
     commit_every_s = CollectConfig().commit_every_s
 
-    def start(number: int) -> tuple[ActorHandle, ray.ObjectRef]:
-        actor = remote.remote(str(folder), provenance, number, shared_rows, list(batch_s), commit_every_s)
+    def start(number: int) -> tuple[ActorHandle[Any], ray.ObjectRef[Any]]:
+        actor: Any = remote.remote(str(folder), provenance, number, shared_rows, list(batch_s), commit_every_s)
         return actor, actor.ready.remote()
 
     dispatcher: Dispatcher[simulated.Item, simulated.Worked] = Dispatcher(
@@ -208,13 +208,13 @@ def simulation(
 
 def main() -> None:
     p = parser(__doc__ or "")
-    p.add_argument("--real-seconds", type=float, default=20.0, help="window of each real measurement")
+    p.add_argument("--real-seconds", type=float, default=15.0, help="window of each real measurement")
     p.add_argument("--real-batch", type=int, default=16, help="prompts of a real batch")
-    p.add_argument("--collectors", type=int, nargs="+", default=[1, 16, 64, 256], help="simulated; the first is 1")
+    p.add_argument("--collectors", type=int, nargs="+", default=[1, 16, 256], help="simulated; the first is 1")
     p.add_argument("--batch-seconds", type=float, default=15.0, help="mean of a simulated batch, as of a large model")
     p.add_argument("--batch-prompts", type=int, default=64, help="prompts of a simulated batch")
     p.add_argument(
-        "--window-batches", type=float, default=3.0, help="mean batches a simulated collector is measured for"
+        "--window-batches", type=float, default=2.0, help="mean batches a simulated collector is measured for"
     )
     p.add_argument("--prompts", type=int, default=10_000_000)
     p.add_argument("--folder", type=Path, help="where to put stores and prompts (a few GB); by default a temporary one")
