@@ -104,7 +104,7 @@ def round_of(folder: Path, count: int) -> Round:
 def list_prompts(folder: Path, count: int) -> float:
     """Read the source, tell the splits apart, drop what comes twice, give every prompt its id."""
     begun = time.perf_counter()
-    assert len(_prompts(folder, count).ids) == count
+    assert len(_prompts(folder, count).ids()) == count
     return time.perf_counter() - begun
 
 
@@ -162,7 +162,7 @@ def _rejected(count: int) -> int:
 def write_round(folder: Path, count: int) -> float:
     """Commit most of the prompts and reject some, in an order that is not theirs."""
     begun = time.perf_counter()
-    ids, round_ = _prompts(folder, count).ids, round_of(folder, count)
+    ids, round_ = _prompts(folder, count).ids(), round_of(folder, count)
     with round_.writer(PROVENANCE):
         pass  # registers what the rows have in common
     mixed = ids.take(pa.array(np.random.default_rng(1).permutation(count)))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import ipc
 
-from trajectory_store.checksums import checksum_of
+from trajectory_store.checksums import checksum_of, checksum_of_pieces
 from trajectory_store.errors import CorruptShardError, RoundNotSealedError, SchemaVersionError
 from trajectory_store.folder import Folder
 from trajectory_store.provenance import Provenance
@@ -145,12 +145,22 @@ def content_hash(index: pa.Table) -> str:
 
 def encode_index(index: pa.Table, salt: str = "") -> tuple[str, pa.Buffer]:
     """File name and bytes of a row index; another `salt` gives the same rows another name."""
-    sink = pa.BufferOutputStream()
-    with ipc.new_file(sink, INDEX_SCHEMA.with_metadata({"salt": salt} if salt else None)) as writer:
-        # One batch, uncompressed: mapped into memory and searched in place.
-        writer.write_table(index.combine_chunks())
-    content = sink.getvalue()
-    return f"index-{checksum_of(content)}.arrow", content
+    index = index.combine_chunks()
+
+    def write(sink: Any) -> None:
+        with ipc.new_file(sink, INDEX_SCHEMA.with_metadata({"salt": salt} if salt else None)) as writer:
+            # One batch, uncompressed: mapped into memory and searched in place.
+            writer.write_table(index)
+
+    measure = pa.MockOutputStream()
+    write(measure)
+    content = pa.allocate_buffer(measure.size())  # a sink that grows would hold a large index several times
+    write(pa.FixedSizeBufferWriter(content))
+    return _index_name(checksum_of(content)), content
+
+
+def _index_name(checksum: str) -> str:
+    return f"index-{checksum}.arrow"
 
 
 class RowIndex:
@@ -163,10 +173,18 @@ class RowIndex:
             CorruptShardError: its bytes or its length are not what the manifest says.
         """
         where = folder.path_of(manifest.index)
+        damaged = CorruptShardError(f"{where} is damaged: its checksum is not the one in its name")
+        # A local index is mapped once more for its rows, so that of those only the pages stay that are used.
+        if (
+            verify
+            and folder.is_local
+            and manifest.index != _index_name(checksum_of_pieces(folder.pieces(manifest.index)))
+        ):
+            raise damaged
         source = folder.open(manifest.index) if folder.is_local else _spool(folder, manifest.index)
         content = source.read_buffer()
-        if verify and manifest.index != f"index-{checksum_of(content)}.arrow":
-            raise CorruptShardError(f"{where} is damaged: its checksum is not the one in its name")
+        if verify and not folder.is_local and manifest.index != _index_name(checksum_of(content)):
+            raise damaged
         try:
             table = ipc.open_file(pa.BufferReader(content)).read_all()
         except (pa.ArrowException, OSError) as error:

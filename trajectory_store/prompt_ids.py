@@ -24,7 +24,8 @@ class PromptIds(Set[str]):
         for chunk in chunks:
             for byte, places in _by_last_byte(chunk.cast(pa.large_string())):
                 found.setdefault(byte, []).append(chunk.take(places).cast(pa.large_string()))
-        self._parts = {byte: pc.unique(pa.chunked_array(parts)) for byte, parts in found.items()}
+        # One after the other, so that not everything is there twice.
+        self._parts = {byte: pc.unique(pa.chunked_array(found.pop(byte))) for byte in sorted(found)}
 
     @classmethod
     def _from_iterable(cls, it: Iterable[S]) -> Set[S]:

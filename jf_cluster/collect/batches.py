@@ -14,11 +14,18 @@ from trajectory_store import PromptIds, Round, order_windows
 
 Places = NDArray[np.int64]
 
+AT_ONCE = 1 << 20
+"""Prompts whose ids are made and looked up at a time."""
+
 
 def left_over(prompts: Prompts, folder: Round) -> Places:
     """Places of the prompts that are neither committed nor rejected."""
-    rejected = PromptIds([pa.array(list(folder.rejects()), pa.string())])
-    return np.flatnonzero(~(folder.committed_ids().mask(prompts.ids) | rejected.mask(prompts.ids)))
+    committed, rejected = folder.committed_ids(), PromptIds([pa.array(list(folder.rejects()), pa.string())])
+    left: list[Places] = [np.zeros(0, np.int64)]
+    for begin in range(0, len(prompts), AT_ONCE):
+        ids = prompts.ids(begin, begin + AT_ONCE)
+        left.append(begin + np.flatnonzero(~(committed.mask(ids) | rejected.mask(ids))))
+    return np.concatenate(left)
 
 
 def batches_of(config: Config, prompts: Prompts, left: Places) -> Iterator[list[Prompt]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 from typing import overload
 
 import numpy as np
@@ -25,6 +25,7 @@ from jf_cluster.tiny.problems import HELD_OUT_BYTES, Split
 ID_BYTES = 12
 """Leading bytes of a text's digest that are its prompt's id, in hexadecimal."""
 
+_HEXADECIMAL = np.frombuffer(b"0123456789abcdef", np.uint8)
 _AS_NUMBERS = ((slice(0, 8), ">u8"), (slice(8, ID_BYTES), ">u4"))
 
 
@@ -44,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Listing:
-    """Distinct texts of a split in their order: row numbers int64 [N], digests uint8 [N, 12], characters int32 [N]."""
+    """Distinct texts of a split in their order: row numbers [N], digests uint8 [N, 12], characters int32 [N]."""
 
     rows: Rows
     digests: NDArray[np.uint8]
@@ -79,13 +80,13 @@ class Prompts(Sequence[Prompt]):
         """Length of each prompt's text, int32 [N]."""
         return self._listing.characters
 
-    @cached_property
-    def ids(self) -> pa.LargeStringArray:
-        """Prompt id of each."""
-        digits = np.array([list(f"{byte:02x}".encode()) for byte in range(256)], np.uint8)
-        ends = np.arange(len(self) + 1, dtype=np.int64) * 2 * ID_BYTES
-        text = digits[self._listing.digests].reshape(-1)
-        return pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(ends), pa.py_buffer(text))
+    def ids(self, begin: int = 0, end: int | None = None) -> pa.StringArray:
+        """Prompt ids of the prompts at places from ``begin`` to before ``end``; 28 bytes each."""
+        digests = self._listing.digests[begin:end]
+        ends = np.arange(len(digests) + 1, dtype=np.int32) * np.int32(2 * ID_BYTES)
+        text = np.empty((len(digests), 2 * ID_BYTES), np.uint8)
+        text[:, ::2], text[:, 1::2] = _HEXADECIMAL[digests >> 4], _HEXADECIMAL[digests & 15]
+        return pa.StringArray.from_buffers(len(digests), pa.py_buffer(ends), pa.py_buffer(text))
 
     def by_id(self) -> Rows:
         """Places of all prompts, sorted by their ids."""
@@ -167,42 +168,56 @@ def _too_few_held_out(settings: PromptsConfig, there: int) -> PromptsError:
 
 def listings(source: Source, wanted: Mapping[Split, int]) -> dict[Split, Listing]:
     """List distinct texts until there are enough of every split that is wanted, or no more."""
-    none = Listing(np.zeros(0, np.int64), np.zeros((0, ID_BYTES), np.uint8), np.zeros(0, np.int32))
-    found: dict[Split, Listing] = dict.fromkeys(wanted, none)
-    new: dict[Split, list[Listing]] = {split: [] for split in wanted}
-
-    def enough() -> bool:
-        for split, count in wanted.items():
-            if len(found[split]) < count and len(found[split]) + sum(map(len, new[split])) >= count:
-                found[split], new[split] = _distinct([found[split], *new[split]]), []
-        return all(len(found[split]) >= count for split, count in wanted.items())
-
-    for rows, texts in source.blocks():
-        digests = b"".join([hashlib.sha256(text.encode()).digest()[:ID_BYTES] for text in texts])
-        lengths = np.fromiter(map(len, texts), np.int32, len(texts))
-        block = Listing(rows, np.frombuffer(digests, np.uint8).reshape(-1, ID_BYTES), lengths)
-        held_out = block.digests[:, 0] < HELD_OUT_BYTES
-        for split in wanted:
-            new[split].append(block[held_out if split == "heldout" else ~held_out])
-        if enough():
-            break
-    return {split: _distinct([found[split], *new[split]])[: wanted[split]] for split in wanted}
+    none = Listing(np.zeros(0, np.int32), np.zeros((0, ID_BYTES), np.uint8), np.zeros(0, np.int32))
+    parts = {split: [none] for split in wanted}
+    with closing(source.blocks()) as blocks:
+        for rows, texts in blocks:
+            digests = b"".join([hashlib.sha256(text.encode()).digest()[:ID_BYTES] for text in texts])
+            lengths = np.fromiter(map(len, texts), np.int32, len(texts))
+            block = Listing(rows, np.frombuffer(digests, np.uint8).reshape(-1, ID_BYTES), lengths)
+            held_out = block.digests[:, 0] < HELD_OUT_BYTES
+            for split in wanted:
+                parts[split].append(block[held_out if split == "heldout" else ~held_out])
+            if all(_has(parts[split], count) for split, count in wanted.items()):
+                break
+    return {split: _distinct(parts[split])[: wanted[split]] for split in wanted}
 
 
-def _distinct(parts: Sequence[Listing]) -> Listing:
-    """All parts together, of texts that come again only the first."""
-    rows, characters = (np.concatenate([getattr(p, name) for p in parts]) for name in ("rows", "characters"))
-    digests = np.concatenate([p.digests for p in parts])
-    leading = digests[:, :8].copy().view(np.uint64).reshape(-1)
-    order = np.argsort(leading)
-    same = leading[order[1:]] == leading[order[:-1]]
+def _has(parts: list[Listing], count: int) -> bool:
+    """Whether the parts have so many distinct texts; puts them together where that has to be looked at."""
+    if sum(map(len, parts)) >= count:
+        parts[:] = [_distinct(parts)]
+    return len(parts[0]) >= count
+
+
+def _distinct(parts: list[Listing]) -> Listing:
+    """All parts together, of texts that come again only the first; empties ``parts``."""
+    if len(parts) == 1:
+        return parts[0]
+    # One after the other, so that not everything is there twice.
+    fields = [(p.rows, p.digests, p.characters) for p in parts]
+    parts.clear()
+    columns = [list(column) for column in zip(*fields, strict=True)]
+    del fields
+    rows, digests, characters = (np.concatenate(columns.pop(0)) for _ in range(3))
+    listing = Listing(rows, digests, characters)
+    again = [_again(digests, np.flatnonzero(digests[:, -1] == last)) for last in range(256)]
+    places = np.concatenate(again)
+    if not len(places):
+        return listing
     kept = np.ones(len(rows), bool)
-    if same.any():  # sorting whole digests takes a minute where sorting numbers takes a second
-        suspects = np.unique(order[np.flatnonzero(same)[:, None] + [0, 1]])
-        _, first = np.unique(digests[suspects].copy().view(f"S{ID_BYTES}").reshape(-1), return_index=True)
-        kept[suspects] = False
-        kept[suspects[first]] = True
-    return Listing(rows, digests, characters)[kept]
+    kept[places] = False
+    return listing[kept]
+
+
+def _again(digests: NDArray[np.uint8], places: Rows) -> Rows:
+    """Those of some places, in ascending order, that have the digest of an earlier one of them."""
+    leading = digests[places, :8].view(np.uint64).reshape(-1)
+    sorted_ = np.sort(leading)
+    if not (sorted_[1:] == sorted_[:-1]).any():  # sorting whole digests takes ten times as long
+        return places[:0]
+    _, first = np.unique(digests[places].view(f"S{ID_BYTES}").reshape(-1), return_index=True)
+    return np.delete(places, first)
 
 
 def in_chat(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+import pickle
+from collections.abc import Generator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import datasets
 import numpy as np
@@ -30,7 +31,7 @@ TINY_SEED = 1_000_000
 FIRST_BLOCK, LARGEST_BLOCK = 1 << 10, 1 << 18
 """Rows read at a time: few where few are wanted; Arrow gathers many at once far faster than one after the other."""
 
-Rows = NDArray[np.int64]
+Rows = NDArray[np.integer]
 
 
 class PromptsError(ValueError):
@@ -40,7 +41,7 @@ class PromptsError(ValueError):
 class Source(Protocol):
     """Texts by row number."""
 
-    def blocks(self) -> Iterator[tuple[Rows, list[str]]]:
+    def blocks(self) -> Generator[tuple[Rows, list[str]]]:
         """Yield row numbers and texts, always in the same order."""
 
     def read(self, rows: Rows) -> list[tuple[str, str | None]]:
@@ -54,7 +55,7 @@ class Generated:
         self._split: Split = split
         self._stream = 0 if split == "heldout" else TINY_SEED + seed
 
-    def blocks(self) -> Iterator[tuple[Rows, list[str]]]:
+    def blocks(self) -> Generator[tuple[Rows, list[str]]]:
         for start in itertools.count(0, FIRST_BLOCK):
             rows = np.arange(start, start + FIRST_BLOCK)
             yield rows, [text for text, _ in self.read(rows)]
@@ -83,36 +84,40 @@ class DataSet:
         if len(data) == 0:
             raise PromptsError(f"{settings.source} has no rows")
         self._settings, self._seed, self._count = settings, config.seed, len(data)
-        self._texts = data.data.column(settings.column)
-        self._answers = data.data.column(settings.answer_column) if settings.answer_column else None
+        self._columns = [settings.column] + ([settings.answer_column] if settings.answer_column else [])
+        # Where the table's files are; each pass over it maps them anew, so that the pages it has read are given back.
+        self._table = pickle.dumps(data.data.select(self._columns))
+        self._open: pa.Table | None = None
 
-    def blocks(self) -> Iterator[tuple[Rows, list[str]]]:
+    def blocks(self) -> Generator[tuple[Rows, list[str]]]:
         """As ``Source``; the order is that of ``datasets.Dataset.shuffle``.
 
         Raises:
             PromptsError: the column holds something else than text.
         """
+        table = pickle.loads(self._table)
         order = np.random.default_rng(self._seed).permutation(self._count)
+        order = order.astype(np.int32 if self._count < 1 << 31 else np.int64, copy=False)
         start, size = 0, FIRST_BLOCK
         while start < self._count:
             rows = order[start : start + size]
-            yield rows, self._text_of(rows)
+            yield rows, self._checked(table.column(0).take(pa.array(rows)).to_pylist())
             start, size = start + size, min(2 * size, LARGEST_BLOCK)
 
     def read(self, rows: Rows) -> list[tuple[str, str | None]]:
-        texts = self._text_of(rows)
-        if self._answers is None:
-            return [(text, None) for text in texts]
-        return list(zip(texts, map(_as_text, self._answers.take(pa.array(rows)).to_pylist()), strict=True))
+        if self._open is None:
+            self._open = pickle.loads(self._table)
+        texts, *answers = (self._open.column(name).take(pa.array(rows)).to_pylist() for name in self._columns)
+        known = map(_as_text, answers[0]) if answers else itertools.repeat(None)
+        return list(zip(self._checked(texts), known, strict=False))
 
-    def _text_of(self, rows: Rows) -> list[str]:
-        texts: list[str] = self._texts.take(pa.array(rows)).to_pylist()
+    def _checked(self, texts: list[object]) -> list[str]:
         for text in texts:
             if not isinstance(text, str):
                 raise PromptsError(
                     f"column {self._settings.column!r} of {self._settings.source} holds {type(text).__name__}, not text"
                 )
-        return texts
+        return cast("list[str]", texts)
 
 
 def source_of(config: Config, split: Split) -> Source:

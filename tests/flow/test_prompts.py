@@ -156,6 +156,6 @@ def test_prompts_come_in_the_order_of_a_shuffle_each_text_where_it_comes_first(
     for number in (1, 2):
         prompts = load_prompts(config, tokenizer, number)
         assert [p.text for p in prompts] == expected[90 * (number - 1) : 90 * number]
-        assert prompts.ids.to_pylist() == [p.prompt_id for p in prompts]
+        assert prompts.ids().to_pylist() == [p.prompt_id for p in prompts]
         assert prompts.characters.tolist() == [len(p.text) for p in prompts]
         assert [p.text for p in prompts[-3:]] == expected[90 * number - 3 : 90 * number]
