@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from jf_cluster.jacobi.attention import Backend, branch_attention
@@ -172,7 +171,7 @@ class _Rows:
         places = np.arange(self.n)
         new = (places >= before[:, None]) & (places < self.known[rows, None])
         ends = new & np.isin(self.content[rows], self.end_ids)
-        finished: NDArray[np.bool_] = ends.any(1)
+        finished = np.logical_or.reduce(ends, axis=1)
         full = (self.known[rows] == self.length[rows]) & (self.start[rows] + self.length[rows] == self.most)
         # From the last on: then the row that moves into the freed place stays.
         for i in np.flatnonzero(finished | full)[::-1].tolist():
