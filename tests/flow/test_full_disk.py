@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 
 from jf_cluster.config import Config
 from jf_cluster.models import model_hash
@@ -133,14 +132,32 @@ def test_a_disk_that_fills_stops_the_run_and_the_same_command_goes_on(
     assert model_hash(str(run_dir / "models" / "round-001")) == model_hash(whole.model_dir(1))
 
 
-def test_whatever_a_library_makes_of_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    import torch
+LIBRARIES = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from jf_cluster.whole_files import named_when_full
 
-    full = tmp_path / "weights"
-    full.symlink_to("/dev/full")
-    with pytest.raises(OSError, match=rf"No space left on device: '{full}'"), named_when_full(full):
-        save_file({"weight": torch.zeros(1 << 16)}, full)
-    with pytest.raises(ValueError, match="another matter"), named_when_full(full):
+weights = {"weight": torch.zeros(1 << 22)}
+for write in (save_file, torch.save):
+    place = Path(sys.argv[1]) / write.__name__
+    try:
+        with named_when_full(place):
+            write(weights, place)
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_whatever_a_library_makes_of_a_full_disk_names_the_file(disk: Disk, tmp_path: Path) -> None:
+    """What safetensors and torch raise is not an OSError; a failure of another kind stays what it is."""
+    (disk.root / "ballast").write_bytes(bytes(BYTES - (8 << 20)))
+    done = run(*disk.command([sys.executable, "-c", LIBRARIES, str(tmp_path / "disk")]))
+    assert done.stdout.splitlines() == [
+        f"[Errno 28] No space left on device: '{tmp_path / 'disk' / name}'" for name in ("save_file", "save")
+    ], done.stderr
+    with pytest.raises(ValueError, match="another matter"), named_when_full(tmp_path):
         raise ValueError("another matter")
 
 
