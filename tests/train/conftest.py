@@ -36,7 +36,7 @@ BROKEN = VOCABULARY - 1
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # loopback
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_session() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="jf-", ignore_cleanup_errors=True) as directory:
         ray.init(
