@@ -32,6 +32,16 @@ def listen() -> None:
     signal.signal(signal.SIGTERM, stop_at_once)
 
 
+def raise_if_asked() -> None:
+    """Stop now if SIGTERM came but what its handler raised was lost, as in a callback of the garbage collector.
+
+    Raises:
+        Terminated: so it was.
+    """
+    if _stopped.is_set() and signal.getsignal(signal.SIGTERM) is stop_at_once:
+        raise Terminated
+
+
 def was_terminated(error: KeyboardInterrupt) -> bool:
     """Whether SIGTERM, not Ctrl-C, is behind it: Ray's waits turn what the handler raises into a plain interrupt."""
     return isinstance(error, Terminated) or _stopped.is_set()

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from jf_cluster.command import clear_errors
-from jf_cluster.stopping import Terminated, stop_at_once, stops_through
+from jf_cluster.stopping import Terminated, listen, raise_if_asked, stop_at_once, stops_through
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,21 @@ def test_a_failure_is_not_hidden_by_the_request(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="broken"), stops_through(tmp_path / "stop"):
         signal.raise_signal(signal.SIGTERM)
         raise ValueError("broken")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_request_that_a_destructor_swallowed_is_not_lost() -> None:
+    class Collected:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    listen()
+    raise_if_asked()
+    Collected()  # Python prints what a destructor raises, and goes on
+    with pytest.raises(Terminated):
+        raise_if_asked()
+    listen()
+    raise_if_asked()
 
 
 def test_what_ctrl_c_does_is_as_before(tmp_path: Path) -> None:

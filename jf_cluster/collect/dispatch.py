@@ -30,6 +30,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
 
+from jf_cluster.stopping import raise_if_asked
+
 logger = logging.getLogger(__name__)
 
 PARTS = 8
@@ -172,6 +174,7 @@ class Dispatcher(Generic[T, R]):
             while self._more() or self._unsafe:
                 if self._stop.is_set():
                     raise KeyboardInterrupt
+                raise_if_asked()
                 try:
                     slot = self._answered.get(timeout=POLL_S)
                 except queue.Empty:
