@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
@@ -28,6 +29,15 @@ class Job(Protocol):
     def finish(self) -> list[str]: ...
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A model at hand: whose round's it is and the content hash of its weights."""
+
+    model: PreTrainedModel
+    round: int
+    hash: str
+
+
 class WorkerModels:
     """The models of one worker process: the base, and the newest, whose weights are replaced in place.
 
@@ -40,25 +50,32 @@ class WorkerModels:
         on_gpu = config.collect.gpus_per_worker > 0 and torch.cuda.is_available()
         self.device = torch.device("cuda" if on_gpu else "cpu")
         self._config = config
-        self._base: PreTrainedModel | None = None
-        self._newest: PreTrainedModel | None = None
-        self._held: str | None = None
-        """Hash of the newest model's weights; None while they are being replaced."""
+        self._base: _Held | None = None
+        self._newest: _Held | None = None
 
     def base(self) -> PreTrainedModel:
         """Model 0."""
-        if self._base is None:
-            self._base = load_model(self._config, 0, self.device)
-        return self._base
+        return self.of_round(0)
 
     def of_round(self, round_number: int, expected_hash: str | None = None) -> PreTrainedModel:
-        """Model ``round_number``.
+        """Model ``round_number``; its files are read only where it is not at hand already.
 
         Raises:
             ModelError: it is missing or incomplete, or its weights are not those of ``expected_hash``.
         """
         if round_number > 0 and self._config.collect.responses == "self" and self._newest is None:
             self._newest, self._base = self._base, None  # nobody asks for the base any more: its memory is reused
+        if not self._is_at_hand(round_number, expected_hash):
+            self._take_over(round_number, expected_hash)
+        held = self._base if round_number == 0 else self._newest
+        assert held is not None
+        return held.model
+
+    def _is_at_hand(self, round_number: int, expected_hash: str | None) -> bool:
+        held = self._base if round_number == 0 else self._newest
+        return held is not None and held.round == round_number and expected_hash in (None, held.hash)
+
+    def _take_over(self, round_number: int, expected_hash: str | None) -> None:
         path = self._config.model_dir(round_number)
         found = model_hash(path)
         if expected_hash is not None and found != expected_hash:
@@ -67,15 +84,15 @@ class WorkerModels:
                 f"{round_number + 1} was begun: put that model back, or begin the round again"
             )
         if round_number == 0:
-            return self.base()
-        if self._held != found:
-            self._held = None
-            if self._newest is None or not reload_weights(self._newest, path):
-                self._newest = None
-                self._newest = load_model(self._config, round_number, self.device)
-            self._held = found
-        assert self._newest is not None
-        return self._newest
+            self._base = _Held(load_model(self._config, 0, self.device), 0, found)
+            return
+        before, self._newest = self._newest, None  # while its weights are being replaced it is no round's model
+        if before is not None and reload_weights(before.model, path):
+            model = before.model
+        else:
+            del before  # its memory, before there is another
+            model = load_model(self._config, round_number, self.device)
+        self._newest = _Held(model, round_number, found)
 
 
 class Host:
