@@ -26,6 +26,7 @@ from jf_cluster.pipeline import collect_and_train
 from jf_cluster.preflight import check, check_cluster
 from jf_cluster.report import print_evaluation, print_table
 from jf_cluster.run_log import kept_log
+from jf_cluster.stopping import raise_if_asked
 from jf_cluster.tracking import Tracker
 from jf_cluster.train import drop_leftovers, train_round
 from jf_cluster.whole_files import write_whole
@@ -157,6 +158,7 @@ class Rounds:
 
     def _joined(self) -> Crew:
         """The run's worker processes; connects to Ray, once and only when there is work for it."""
+        raise_if_asked()
         if self._crew is None:
             self._ray.enter_context(connected(self.config))
             check_cluster(self.config)
