@@ -30,6 +30,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
 
+from jf_cluster.messages import first_line, last_line
 from jf_cluster.stopping import raise_if_asked
 
 logger = logging.getLogger(__name__)
@@ -251,17 +252,17 @@ class Dispatcher(Generic[T, R]):
             value = slot.answer.result()
         except (RayActorError, WorkerCrashedError) as error:
             if isinstance(error, ActorDiedError) and error.actor_init_failed:
-                raise DispatchError(f"a worker could not start: {_innermost(error)}") from error
+                raise DispatchError(f"a worker could not start: {last_line(error)}") from error
             if isinstance(error, ActorUnavailableError):
                 logger.warning("worker %d does not answer: %s", slot.number, error)
-            yield from self._lose(slot, f"worker died: {_first_line(error)}")
+            yield from self._lose(slot, f"worker died: {first_line(error)}")
             return
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, self._fatal) or slot.batch is None:
                 raise cause from error
             # The worker lives on, but what the failed batch left in it cannot be trusted.
-            yield from self._lose(slot, f"{type(cause).__name__}: {_first_line(cause)}")
+            yield from self._lose(slot, f"{type(cause).__name__}: {first_line(cause)}")
             return
         batch, slot.batch, slot.finishing = slot.batch, None, False
         self._failed_starts = 0
@@ -302,13 +303,3 @@ class Dispatcher(Generic[T, R]):
         size = 1 if attempts >= self._max_attempts - 1 else -(-len(batch.items) // PARTS)
         for start in range(0, len(batch.items), size):
             self._failed.append(_Batch(batch.items[start : start + size], attempts))
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _innermost(error: BaseException) -> str:
-    """The last line of a remote traceback, which names the exception that ended the worker."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

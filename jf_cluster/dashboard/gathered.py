@@ -11,8 +11,8 @@ import numpy as np
 from jf_cluster.config import Config
 from jf_cluster.evaluate.evaluation import Evaluation, load_evaluation
 from jf_cluster.evaluate.looking import Look, load_look
+from jf_cluster.messages import first_line
 from jf_cluster.models import load_tokenizer
-from jf_cluster.tracking.stage_run import first_line
 from jf_cluster.tracking.store import KEY, ROUND, STAGE, client, refusals
 from jf_cluster.tracking.tracker import Tracker
 from trajectory_store import Trajectory, TrajectoryReader, TrajectoryStore

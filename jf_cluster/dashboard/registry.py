@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from jf_cluster.config import Config
 from jf_cluster.evaluate.evaluation import MODES, Evaluation, load_evaluation
+from jf_cluster.messages import first_line
 from jf_cluster.model_card import CARD
-from jf_cluster.tracking.stage_run import first_line
 from jf_cluster.tracking.store import KEY, ROUND, client, experiment_name, is_server, refusals
 from jf_cluster.tracking.tracker import Tracker
 

@@ -18,6 +18,7 @@ from jf_cluster.jacobi.calibration import Measured, Survey
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
 from jf_cluster.jacobi.sampling import prompt_key
 from jf_cluster.jacobi.watching import Watched, watch
+from jf_cluster.messages import first_line
 from jf_cluster.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def look_at(config: Config, round_number: int, prompts: Sequence[Prompt], crew: 
     try:
         seen: Look = crew.ask(config.collect.batch_timeout_s, Looker, (config, round_number), "look", prompts)
     except (RayError, GetTimeoutError) as error:
-        logger.warning("no pictures of how model %d decodes: %s", round_number, str(error).splitlines()[0])
+        logger.warning("no pictures of how model %d decodes: %s", round_number, first_line(error))
         return None
     path = _path(config, round_number)
     write_whole(path, _FILE.dump_json(seen, indent=1))

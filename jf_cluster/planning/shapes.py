@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jf_cluster.config import Config
+from jf_cluster.messages import first_line
 from jf_cluster.models import ModelError, is_hub_id
 
 if TYPE_CHECKING:
@@ -105,6 +106,6 @@ def read_shape(config: Config) -> ModelShape:
     try:
         settings = AutoConfig.from_pretrained(base, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"model.path: {config.model.path} has no config.json that can be read ({reason})") from error
     return shape_of(settings, trust)

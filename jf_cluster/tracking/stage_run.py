@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jf_cluster.messages import first_line
 from jf_cluster.tracking.activity import Activity
 from jf_cluster.tracking.store import client, refusals
 
@@ -187,11 +188,6 @@ def _entries(journal: Path) -> list[Entry]:
         except ValueError:  # the last one of a process that was killed while it wrote
             logger.warning("%s: a line is incomplete and left out", journal)
     return entries
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without the store's stack."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _send(uri: str, run_id: str, batch: list[Entry]) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Literal, Self, get_args
 
 from jf_cluster.config import Config
+from jf_cluster.messages import first_line
 from jf_cluster.tracking.activity import working
-from jf_cluster.tracking.stage_run import StageRun, Status, first_line
+from jf_cluster.tracking.stage_run import StageRun, Status
 from jf_cluster.tracking.store import (
     KEY,
     ROUND,

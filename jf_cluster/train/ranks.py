@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from jf_cluster.config import Config
+from jf_cluster.messages import first_line
 from jf_cluster.models import ModelError
 from jf_cluster.train.checkpoints import CheckpointError, drop_others, whole_checkpoints
 from jf_cluster.train.rendezvous import RendezvousConfig
@@ -72,7 +73,7 @@ def run_ranks(config: Config, job: RankJob, storage: Path) -> None:
             no_room_since = no_room_since or time.monotonic()
             if not isinstance(error.controller_failure, NO_ROOM):
                 raise TrainingError(
-                    f"training round {job.round_number} cannot start: {_first_line(error.controller_failure)}"
+                    f"training round {job.round_number} cannot start: {first_line(error.controller_failure)}"
                 ) from error
             if time.monotonic() - no_room_since > ROOM_WITHIN_S:
                 raise TrainingError(
@@ -139,8 +140,4 @@ def _clear(job: RankJob) -> None:
 
 
 def _reason(error: ray.train.WorkerGroupError) -> str:
-    return "; ".join(f"rank {rank}: {_first_line(failure)}" for rank, failure in sorted(error.worker_failures.items()))
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return "; ".join(f"rank {rank}: {first_line(failure)}" for rank, failure in sorted(error.worker_failures.items()))
