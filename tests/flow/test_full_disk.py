@@ -6,6 +6,7 @@ The disk is a small file system in a mount namespace of its own, in which the co
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -45,10 +46,12 @@ class Disk:
             *(f"--wd={ROOT}", *command),
         ]
 
-    def fill(self) -> None:
-        piece = bytes(1 << 20)
+    def fill(self, leave: int) -> None:
+        """Take all space but ``leave`` bytes."""
+        piece, state = bytes(1 << 16), os.statvfs(self.root)
+        take = state.f_bavail * state.f_frsize - leave if leave else BYTES
         with (self.root / "ballast").open("ab", buffering=0) as ballast:
-            while True:
+            for _ in range(take // len(piece) + 1):
                 try:
                     ballast.write(piece)
                 except OSError as error:
@@ -72,13 +75,15 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     disk.close()
 
 
-def _run_until_full(disk: Disk, command: list[str], ready: Callable[[], bool]) -> subprocess.CompletedProcess[str]:
-    """Run a command whose disk is filled as soon as it is ``ready``."""
+def _run_until_full(
+    disk: Disk, command: list[str], ready: Callable[[], bool], leave: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run a command whose disk is filled, but for ``leave`` bytes, as soon as it is ``ready``."""
 
     def watch() -> None:
         while not ready():
             time.sleep(0.005)
-        disk.fill()
+        disk.fill(leave)
 
     threading.Thread(target=watch, daemon=True).start()
     return run(*disk.command(command), timeout_s=400)
@@ -116,7 +121,10 @@ def test_a_disk_that_fills_stops_the_run_and_the_same_command_goes_on(
     assert 0 < len(kept) < 20 and not folder.is_sealed and not _unfinished(run_dir)
 
     disk.make_room()
-    training = _run_until_full(disk, command, (checkpoints / "step-000002" / "complete.json").exists)
+    whole = undisturbed[0]
+    weights = (Path(whole.model_dir(1)) / "model.safetensors").stat().st_size
+    # Filled while the ranks start, with room for one checkpoint (weights and two moments) and not for two.
+    training = _run_until_full(disk, command, checkpoints.exists, leave=5 * weights)
     _check_message(training, config.run_dir / "checkpoints")
     assert "restart" not in training.stderr, "what no restart mends"
     assert folder.is_sealed and folder.committed_ids() >= kept
@@ -127,7 +135,6 @@ def test_a_disk_that_fills_stops_the_run_and_the_same_command_goes_on(
     disk.make_room()
     done = run(*disk.command(command), timeout_s=400)
     assert done.returncode == 0, done.stderr
-    whole = undisturbed[0]
     assert folder.manifest.content_hash == TrajectoryStore(whole.store_url).round(1).manifest.content_hash
     assert model_hash(str(run_dir / "models" / "round-001")) == model_hash(whole.model_dir(1))
 

@@ -130,10 +130,15 @@ def test_a_failure_of_training_stops_the_collecting(
 
 
 class Telling(Collector):
-    """Writes down which process it runs in."""
+    """Writes down which process it runs in, and begins when as many have as there are workers."""
 
     def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
         (self.config.run_dir / f"pid-{os.getpid()}-{self.round_number}").touch()
+        deadline = time.monotonic() + 120
+        while len(list(self.config.run_dir.glob(f"pid-*-{self.round_number}"))) < self.config.collect.workers:
+            if time.monotonic() > deadline:
+                raise TimeoutError("the other worker was not given a batch")
+            time.sleep(0.05)
         return super().run(prompts)
 
 
