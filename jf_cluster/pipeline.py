@@ -39,7 +39,7 @@ def collect_and_train(config: Config, round_number: int, tracker: Tracker, crew:
         collecting = pool.submit(collect)
         pool.submit(_stop_training, collecting, stop_request(config, round_number), trained)
         try:
-            prompt_ids = undertaking.prompts.ids().to_pylist()
+            prompt_ids = undertaking.prompts.ids()
             train_round(config, round_number, tracker, Arriving(undertaking.provenance, prompt_ids, collecting.result))
         except BaseException as error:
             if isinstance(error, Terminated) and collecting.done() and (cause := collecting.exception()):

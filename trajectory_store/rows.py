@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import threading
 from bisect import bisect_left
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from trajectory_store.errors import MissingShardError, StoreError
 from trajectory_store.placed import PlacedRows, rows_of
@@ -23,6 +26,8 @@ from trajectory_store.store import Round
 from trajectory_store.trajectory import Trajectory
 
 Numbers = npt.NDArray[np.int64]
+
+_DIGESTED_AT_ONCE = 65_536
 
 
 class SealedRows:
@@ -76,18 +81,19 @@ class ArrivingRows:
     def __init__(
         self,
         round_: Round,
-        prompt_ids: Iterable[str],
+        prompt_ids: Iterable[str] | pa.Array,
         *,
         poll_s: float = 1.0,
     ) -> None:
         """Nothing is read before rows are asked for.
 
         Args:
-            prompt_ids: of all prompts of the round, in any order; each will be committed or rejected.
+            prompt_ids: of all prompts of the round, in any order; each will be committed or rejected. An array that
+                is in order already is used as it is, so it may lie in a file mapped into memory.
             poll_s: time between looks for new shards.
         """
         self._round, self._poll_s, self._given_up = round_, poll_s, threading.Event()
-        self._ids = sorted(set(prompt_ids))
+        self._ids = sorted_ids(prompt_ids)
         self._settled = np.zeros(len(self._ids), bool)
         self._shard = np.full(len(self._ids), -1, np.int32)
         self._batch, self._row = np.zeros_like(self._shard), np.zeros_like(self._shard)
@@ -162,17 +168,29 @@ class ArrivingRows:
         return fresh or len(self._shards) > known
 
     def _number(self, prompt_id: str) -> int | None:
-        number = bisect_left(self._ids, prompt_id)
-        return number if number < len(self._ids) and self._ids[number] == prompt_id else None
+        number = bisect_left(range(len(self._ids)), prompt_id, key=lambda place: self._ids[place].as_py())
+        return number if number < len(self._ids) and self._ids[number].as_py() == prompt_id else None
 
 
 class WaitInterruptedError(StoreError):
     """A wait for rows that the waiting side gave up."""
 
 
-def digest_of(prompt_ids: Collection[str]) -> str:
-    """SHA-256 over prompt ids, hexadecimal, in whatever order they come."""
-    return _digest_of_sorted(sorted(prompt_ids))
+def sorted_ids(prompt_ids: Iterable[str] | pa.Array) -> pa.LargeStringArray:
+    """Distinct prompt ids in their order, which is that of their UTF-8 bytes; an array already so is given back."""
+    ids = prompt_ids if isinstance(prompt_ids, pa.Array) else pa.array(prompt_ids, pa.large_string())
+    ids = ids.cast(pa.large_string())
+    if pc.all(pc.less(ids[:-1], ids[1:])).as_py():
+        return ids
+    distinct = pc.unique(ids)
+    return distinct.take(pc.sort_indices(distinct))
+
+
+def digest_of(prompt_ids: Iterable[str] | pa.Array) -> str:
+    """SHA-256 over distinct prompt ids, hexadecimal, in whatever order they come."""
+    ids = sorted_ids(prompt_ids)
+    parts = (ids[begin : begin + _DIGESTED_AT_ONCE].to_pylist() for begin in range(0, len(ids), _DIGESTED_AT_ONCE))
+    return _digest_of_sorted(itertools.chain.from_iterable(parts))
 
 
 def _digest_of_sorted(prompt_ids: Iterable[str]) -> str:

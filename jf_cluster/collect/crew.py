@@ -6,6 +6,7 @@ the host's models. The :class:`Crew` keeps the hosts of a run between stages unt
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import torch
 from ray.actor import ActorHandle
 from transformers import PreTrainedModel
 
-from jf_cluster.collect.dispatch import Report
+from jf_cluster.collect.dispatch import POLL_S, Report
 from jf_cluster.config import Config
 from jf_cluster.models import ModelError, load_model, model_hash, reload_weights, use_cpu
+from jf_cluster.stopping import raise_if_asked
 
 
 class Job(Protocol):
@@ -146,8 +148,12 @@ class Crew:
             ray.exceptions.RayError: the host died, the method failed, or no answer came in time.
         """
         host, _ = self.start(job, *arguments)
+        deadline = time.monotonic() + timeout_s
         try:
-            answer = ray.get(host.call.remote(method, *given), timeout=timeout_s)
+            task = host.call.remote(method, *given)
+            while not ray.wait([task], timeout=POLL_S)[0] and time.monotonic() < deadline:
+                raise_if_asked()
+            answer = ray.get(task, timeout=0)
         except BaseException:
             ray.kill(host)
             raise

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from jf_cluster.train.steps_log import read_steps
 from jf_cluster.train.worker import RankJob
 from jf_cluster.whole_files import write_whole
 from trajectory_store import Manifest, Provenance, SealedRows, TrajectoryStore
-from trajectory_store.rows import digest_of
+from trajectory_store.rows import digest_of, sorted_ids
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class Arriving:
     """A round that is still being collected while it is trained on."""
 
     provenance: Provenance
-    prompt_ids: Sequence[str]
-    """Of every prompt of the round."""
+    prompt_ids: pa.Array
+    """Of every prompt of the round, strings in any order."""
     sealed: Callable[[], Manifest]
     """Waits for the end of the collecting."""
 
@@ -181,7 +181,9 @@ def _made_by_parent(config: Config, round_number: int, provenance: Provenance) -
 
 def _write_ids(arriving: Arriving, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    feather.write_feather(pa.table({"prompt_id": pa.array(arriving.prompt_ids, pa.large_string())}), str(path))
+    # In order and uncompressed: every rank maps it into memory as it is.
+    table = pa.table({"prompt_id": sorted_ids(arriving.prompt_ids)})
+    feather.write_feather(table, str(path), compression="uncompressed", chunksize=max(1, table.num_rows))
     return str(path)
 
 

@@ -232,7 +232,7 @@ def _rows(job: RankJob, config: Config) -> SealedRows | ArrivingRows:
     round_ = TrajectoryStore(config.store_url).round(job.round_number)
     if job.prompt_ids is None:
         return SealedRows(round_)
-    prompt_ids = feather.read_table(job.prompt_ids)["prompt_id"].to_pylist()
+    prompt_ids = feather.read_table(job.prompt_ids, memory_map=True)["prompt_id"].chunk(0)  # written as one
     return ArrivingRows(round_, prompt_ids)
 
 
