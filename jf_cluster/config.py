@@ -99,6 +99,8 @@ class CollectConfig(Section):
     """0 is greedy; above 0 keyed Gumbel noise makes the responses exact samples."""
     responses: Literal["base", "self", "verified"] = "base"
     """Who writes the responses the trajectories lead to (docs/paper.md, "Whose responses")."""
+    generator: Literal["builtin", "vllm"] = "builtin"
+    """What the base writes responses with: this project's decoder, or vLLM (a GPU, greedy, the ``vllm`` extra)."""
     block_size: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16,)
     """Block size n of each round; the last one serves all later rounds."""
     forward_tokens: Positive = 2048
@@ -107,6 +109,20 @@ class CollectConfig(Section):
     """A shard is closed when it holds about this many bytes."""
     commit_every_s: Annotated[float, Field(ge=0)] = 30.0
     """Longest time finished trajectories wait in a worker before they are written to disk."""
+
+    @model_validator(mode="after")
+    def _written_by_vllm(self) -> CollectConfig:
+        if self.generator == "vllm":
+            if self.responses != "base":
+                raise ValueError(
+                    f"generator=vllm writes the base's responses only, and responses is {self.responses!r}: the newest "
+                    "model writes its own while it iterates; set responses=base or generator=builtin"
+                )
+            if self.temperature > 0:
+                raise ValueError("generator=vllm writes greedily: set temperature=0 or generator=builtin")
+            if self.gpus_per_worker == 0:
+                raise ValueError("generator=vllm needs a GPU: set gpus_per_worker=1 or generator=builtin")
+        return self
 
     def block_size_of(self, round_number: int) -> int:
         """Block size of round ``round_number`` (from 1)."""

@@ -10,17 +10,22 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import ray
 import torch
 from ray.actor import ActorHandle
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from jf_cluster.collect.dispatch import POLL_S, Report
 from jf_cluster.config import Config
+from jf_cluster.jacobi.responses import Writer, generate_responses
+from jf_cluster.jacobi.vllm_responses import VllmWriter
 from jf_cluster.models import ModelError, load_model, model_hash, reload_weights, use_cpu
 from jf_cluster.stopping import raise_if_asked
+
+_HOW = "install the vllm extra in the workers' environment, or set collect.generator=builtin"
 
 
 class Job(Protocol):
@@ -54,10 +59,31 @@ class WorkerModels:
         self._config = config
         self._base: _Held | None = None
         self._newest: _Held | None = None
+        self._vllm: VllmWriter | None = None
 
     def base(self) -> PreTrainedModel:
         """Model 0."""
         return self.of_round(0)
+
+    def base_writer(self) -> Writer:
+        """What writes model 0's responses; a vLLM engine stays for as long as this process.
+
+        Raises:
+            ModelError: vLLM is asked for and not installed.
+        """
+        settings = self._config.collect
+        if settings.generator == "builtin":
+            return partial(generate_responses, self.base())
+        if self._vllm is None:
+            path = self._config.model_dir(0)
+            context = AutoConfig.from_pretrained(path, trust_remote_code=self._config.model.trust_remote_code)
+            try:
+                self._vllm = VllmWriter(
+                    path, dtype=self._config.model.dtype, context=context.get_text_config().max_position_embeddings
+                )
+            except ImportError as error:
+                raise ModelError(f"collect.generator is vllm and vLLM cannot be imported ({error}): {_HOW}") from error
+        return self._vllm
 
     def of_round(self, round_number: int, expected_hash: str | None = None) -> PreTrainedModel:
         """Model ``round_number``; its files are read only where it is not at hand already.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TypedDict
 
 import numpy as np
@@ -78,8 +79,9 @@ class Collector:
         self.round_number = round_number
         self.tokenizer = load_tokenizer(config)
         self.model = models.of_round(round_number - 1, provenance.model_hash)
-        self.base = self.model if config.collect.responses == "self" else models.base()
-        self.end_ids = end_ids(self.base, self.tokenizer)
+        self.end_ids = end_ids(self.model, self.tokenizer)
+        own = config.collect.responses == "self"
+        self.write = partial(generate_responses, self.model) if own else models.base_writer()
         store = TrajectoryStore(config.store_url)
         self.earlier = _answered_by_base(config, store, round_number)
         self.writer = store.round(round_number).writer(
@@ -144,7 +146,7 @@ class Collector:
     def _own(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[tuple[Response, Trace] | None]:
         """Responses the newest model writes, with their trajectories; None where the base's are wanted."""
         settings = self.config.collect
-        if settings.responses == "base" and self.round_number > 1:
+        if settings.generator == "vllm" or (settings.responses == "base" and self.round_number > 1):
             return [None] * len(prompts)
         written = respond_and_trace(
             self.model,
@@ -168,8 +170,7 @@ class Collector:
         """Give the base's responses, and how many of them an earlier round already holds."""
         found = [self._earlier_response(prompt) for prompt in prompts]
         missing = [i for i, response in enumerate(found) if response is None]
-        written = generate_responses(
-            self.base,
+        written = self.write(
             [prompts[i].tokens for i in missing],
             max_new_tokens=self.config.collect.max_new_tokens,
             end_ids=self.end_ids,

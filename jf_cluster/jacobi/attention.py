@@ -147,7 +147,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: f
     flash_attn_varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     stem_tokens = int(forest.stem_offsets[-1])
-    stem, branch = forest.stem_sequences, forest.branch_sequences
+    stem = forest.stem_sequences
     outs = [
         flash_attn_varlen_func(
             q[:stem_tokens], k[:stem_tokens], v[:stem_tokens], stem.queries, stem.queries,
@@ -155,6 +155,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: f
         )
     ]  # fmt: skip
     if forest.branches:
+        branch = forest.branch_sequences
         outs.append(
             flash_attn_varlen_func(
                 q[stem_tokens:], k.index_select(0, branch.gather), v.index_select(0, branch.gather),
@@ -226,9 +227,9 @@ def implementation(backend: Backend) -> str:
     """Name under which transformers knows a backend.
 
     It holds this module's own name, because an exported model carries a copy of the module: each copy recognises only
-    its own layouts.
+    its own layouts. It does not hold the word "flash", at which transformers would load kernels of its own.
     """
-    return f"branches_{backend}_{__name__.replace('.', '_')}"
+    return f"branches_{backend}_{__name__.replace('.', '_')}".replace("flash", "varlen")
 
 
 _BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Forest, float], Tensor]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,20 @@ class Response:
 
     tokens: NDArray[np.int32]
     finished: bool
+
+
+class Writer(Protocol):
+    """Writes one response a prompt, as :func:`generate_responses` of one model does."""
+
+    def __call__(
+        self,
+        prompts: Sequence[IntArray],
+        *,
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        sampling: Sampling = ...,
+        keys: Sequence[int] | None = None,
+    ) -> list[Response]: ...
 
 
 def generate_responses(

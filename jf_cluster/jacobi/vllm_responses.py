@@ -3,8 +3,8 @@
 vLLM holds its own copy of the weights and its own cache beside the model that traces, so ``memory_share`` must leave
 room for that one. It writes greedily only: its sampler knows no keyed noise, and a sampled response must be the one
 the keys give. In low precision its argmax may differ from the tracing model's in near ties; such tokens are counted as
-disagreements, as always, and the response stays authoritative. Written against vLLM's documented interface and not yet
-run: no GPU was at hand, and vLLM wants an environment with an older transformers (see the docs).
+disagreements, as always, and the response stays authoritative. Written against vLLM's documented interface, tested with
+a stand-in for it, and not run: no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class UnsupportedSamplingError(ValueError):
 class VllmWriter:
     """A vLLM engine that writes responses; called like ``generate_responses`` without the model."""
 
-    def __init__(self, model: Path, *, dtype: str, context: int, memory_share: float = 0.45) -> None:
-        """Load ``model`` (a directory) for prompts and responses of up to ``context`` tokens together.
+    def __init__(self, model: str | Path, *, dtype: str, context: int, memory_share: float = 0.45) -> None:
+        """Load ``model`` (a directory or a hub id) for prompts and responses of up to ``context`` tokens together.
 
         Raises:
             ImportError: vLLM is not installed.

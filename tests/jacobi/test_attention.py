@@ -1,9 +1,16 @@
-"""Every attention backend equals the dense oracle, and the oracle equals separate ordinary forwards."""
+"""Every attention backend equals the dense oracle, and the oracle equals separate ordinary forwards.
+
+flash-attn needs a GPU: a function with its documented meaning stands in for it.
+"""
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from jf_cluster.jacobi.attention import UnsupportedModelError, branch_attention
@@ -34,6 +41,31 @@ def run(
     return logits.detach()[0], gradient
 
 
+@pytest.fixture(autouse=True)
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn's variable-length function as it is documented, in plain operations, so that its layout is tested."""
+
+    def flash_attn_varlen_func(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+        max_seqlen_q: int, max_seqlen_k: int, *, softmax_scale: float, causal: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and causal
+        assert (max_seqlen_q, max_seqlen_k) == (max(queries), max(keys))
+        outs = []
+        for one, many, values in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+            # Causal with the last query at the last key.
+            mask = torch.ones(len(one), len(many), dtype=torch.bool).tril(len(many) - len(one))
+            parts = (x.transpose(0, 1)[None] for x in (one, many, values))
+            out = scaled_dot_product_attention(*parts, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
+            outs.append(out[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+
 @pytest.mark.parametrize("forest", FORESTS, ids=IDS)
 def test_the_oracle_equals_separate_forwards(model: PreTrainedModel, forest: Forest) -> None:
     tokens = torch.randint(0, VOCABULARY, (1, forest.total_tokens), generator=torch.Generator().manual_seed(1))
@@ -51,7 +83,7 @@ def test_the_oracle_equals_separate_forwards(model: PreTrainedModel, forest: For
 
 
 @pytest.mark.parametrize("forest", FORESTS, ids=IDS)
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "flash"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_backends_equal_the_oracle(model: PreTrainedModel, backend: str, forest: Forest) -> None:
     tokens = torch.randint(0, VOCABULARY, (1, forest.total_tokens), generator=torch.Generator().manual_seed(1))
