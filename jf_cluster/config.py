@@ -284,6 +284,13 @@ class TrackingConfig(Section):
     registered_model: str | None = None
     """Name of the models in MLflow's registry; default the experiment's with ``-`` for ``/``."""
 
+    @field_validator("experiment")
+    @classmethod
+    def _stays_inside(cls, value: str | None) -> str | None:
+        if value is not None and (".." in value.split("/") or "\\" in value or not value.isprintable()):
+            raise ValueError("it names a folder under runs_dir too: leave out '..', backslashes and control characters")
+        return value
+
 
 class Config(Section):
     """Everything a run depends on."""
