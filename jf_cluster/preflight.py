@@ -27,7 +27,7 @@ from jf_cluster.planning.machines import Machines
 from jf_cluster.planning.memory import Need, shown
 from jf_cluster.planning.shapes import ModelShape, read_shape
 from jf_cluster.tracking.store import is_server, tracking_uri
-from trajectory_store import StoreError, TrajectoryStore
+from trajectory_store import StoreError, TrajectoryStore, without_secrets
 
 MLFLOW_TIMEOUT_S = 5.0
 
@@ -122,7 +122,7 @@ def refused_places(config: Config, shape: ModelShape) -> Iterator[Refusal]:
 
 def mlflow_warning(config: Config) -> str | None:
     """What to know when the MLflow server does not answer; the run goes on without it."""
-    uri = tracking_uri(config)
+    uri = without_secrets(tracking_uri(config))  # nor could urllib be asked with them
     if not is_server(uri):
         return None
     try:
