@@ -124,9 +124,11 @@ def mlflow(
         settings = load(config, overrides)
         from jf_cluster.dashboard.serving import has_display, landing_page, serve
         from jf_cluster.tracking.store import is_server, tracking_uri
+        from trajectory_store import without_secrets
 
         if is_server(uri := tracking_uri(settings)):
-            typer.echo(f"the runs are tracked by the MLflow server at {uri}: {landing_page(settings, uri)}")
+            server = without_secrets(uri)
+            typer.echo(f"the runs are tracked by the MLflow server at {server}: {landing_page(settings, server)}")
             return
         raise typer.Exit(serve(settings, port, has_display() if browser is None else browser))
 

@@ -26,10 +26,15 @@ import psutil
 import ray
 
 from jf_cluster.config import Config
+from jf_cluster.listening import warn_if_open
 from jf_cluster.ray_environment import DASHBOARD_PORT, HOME_VARIABLE
+from jf_cluster.stopping import raise_if_asked
 
 logger = logging.getLogger(__name__)
 
+NODES_WITHIN_S = 900.0
+"""How long a cluster that was joined is given to bring the nodes a run needs: they start beside the driver."""
+POLL_S = 2.0
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 """Trajectories go straight from actors to the store; Ray's object store only carries batches of prompts."""
 
@@ -98,32 +103,60 @@ def join_or_start(address: str | None, cpus: float) -> None:
             **quietly,
         )
     signal.signal(signal.SIGTERM, on_terminate)
+    _warn_if_open(ray.get_runtime_context().gcs_address)
+
+
+def _warn_if_open(gcs_address: str) -> None:
+    """Warn where other machines reach a Ray that asks for no token: they can run anything in it."""
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        warn_if_open("Ray", gcs_address.rpartition(":")[0], "set RAY_AUTH_MODE=token wherever Ray is started")
 
 
 @contextlib.contextmanager
-def connected(config: Config) -> Iterator[None]:
+def connected(config: Config, *, nodes_within_s: float = NODES_WITHIN_S) -> Iterator[None]:
     """Join or start Ray for as long as the context lasts, with what ``config`` needs to place its workers.
+
+    A cluster of others' making is given time to bring its nodes; the head of `make cluster` has all it will ever have.
 
     Raises:
         ClusterError: the cluster cannot be reached or can never place the workers.
     """
-    cpus, gpus = config.needs("cpus_per_worker"), config.needs("gpus_per_worker")
-    join_or_start(joined_cluster(config), cpus)
+    needed = {"CPU": config.needs("cpus_per_worker"), "GPU": config.needs("gpus_per_worker")}
+    address, head = joined_cluster(config), running_head(config.runs_dir)
+    join_or_start(address, needed["CPU"])
     try:
-        _require("CPU", cpus, "cpus_per_worker")
-        _require("GPU", gpus, "gpus_per_worker")
+        _require(needed, 0.0 if address is None or (head and address == head.address) else nodes_within_s)
         yield
     finally:
         ray.shutdown()
 
 
-def _require(resource: str, needed: float, setting: str) -> None:
-    there = float(ray.cluster_resources().get(resource, 0.0))
-    if there < needed:
-        raise ClusterError(
-            f"the configuration needs {needed:g} {resource}s at once and the Ray cluster has {there:g}: lower "
-            f"collect.workers, train.workers or {setting}, or add nodes"
-        )
+def _require(needed: dict[str, float], within_s: float) -> None:
+    """Wait until the cluster has what is ``needed`` at once, by name of the resource.
+
+    Raises:
+        ClusterError: it has not got it after ``within_s`` seconds.
+        jf_cluster.stopping.Terminated: SIGTERM came.
+    """
+    deadline, warned = time.monotonic() + within_s, False
+    while True:
+        there = ray.cluster_resources()
+        lacking = [name for name, count in needed.items() if there.get(name, 0.0) < count]
+        if not lacking:
+            return
+        has = "; ".join(f"{needed[n]:g} {n}s at once and the Ray cluster has {there.get(n, 0.0):g}" for n in lacking)
+        if time.monotonic() >= deadline:
+            settings = " or ".join(f"{name.lower()}s_per_worker" for name in lacking)
+            raise ClusterError(
+                f"the configuration needs {has}: lower collect.workers, train.workers or {settings}, or add nodes"
+            )
+        if not warned:
+            warned = True
+            logger.warning(
+                "the configuration needs %s: waiting up to %.0f minutes for the other nodes", has, within_s / 60
+            )
+        time.sleep(POLL_S)
+        raise_if_asked()
 
 
 def _listening(port: int) -> bool:

@@ -91,7 +91,9 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _exit(message: str, code: int) -> typer.Exit:
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    from trajectory_store import without_secrets
+
+    typer.secho(f"error: {without_secrets(message)}", fg=typer.colors.RED, err=True)
     return typer.Exit(code)
 
 

@@ -294,11 +294,19 @@ class SandboxConfig(Section):
 
 class TrackingConfig(Section):
     uri: str | None = None
-    """MLflow tracking URI; default ``MLFLOW_TRACKING_URI``, else an SQLite file under ``runs_dir``."""
+    """MLflow tracking URI; default ``MLFLOW_TRACKING_URI``, else an SQLite file under ``runs_dir``. A password in it is
+    used and not recorded."""
     experiment: str | None = None
     """Experiment name; default ``jacobi-forcing/<name>``."""
     registered_model: str | None = None
     """Name of the models in MLflow's registry; default the experiment's with ``-`` for ``/``."""
+
+    @field_validator("experiment")
+    @classmethod
+    def _stays_inside(cls, value: str | None) -> str | None:
+        if value is not None and (".." in value.split("/") or "\\" in value or not value.isprintable()):
+            raise ValueError("it names a folder under runs_dir too: leave out '..', backslashes and control characters")
+        return value
 
 
 class Config(Section):
@@ -309,7 +317,8 @@ class Config(Section):
     runs_dir: Path = Path("runs")
     """Where runs are kept; a relative path is taken from the directory the run was started in."""
     store: str | None = None
-    """Trajectory store: a local path or an object-store URL; default ``<runs_dir>/<name>/store``."""
+    """Trajectory store: a local path or an object-store URL; default ``<runs_dir>/<name>/store``. A key in it is used
+    and not recorded."""
     rounds: Positive = 3
     """Rounds of collecting, training, exporting and evaluating."""
     overlap: Literal["alternate", "pipelined"] = "alternate"
@@ -382,8 +391,23 @@ class Config(Section):
             }
         )
 
+    def shown(self) -> dict[str, object]:
+        """All settings as plain values that may be recorded and shown: URLs are without what gives access."""
+        return {name: _without_secrets(part) for name, part in self.model_dump(mode="json").items()}
+
     def to_yaml(self) -> str:
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+        """The settings of :meth:`shown`, as a file that can be loaded again."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.shown()))
+
+
+def _without_secrets(tree: object) -> object:
+    from trajectory_store import without_secrets  # late: with pyarrow, it would double the time of --help
+
+    if isinstance(tree, dict):
+        return {key: _without_secrets(part) for key, part in tree.items()}
+    if isinstance(tree, list):
+        return [_without_secrets(part) for part in tree]
+    return without_secrets(tree) if isinstance(tree, str) else tree
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -1,6 +1,10 @@
-"""What an error says, in one line: libraries add stacks and tracebacks of other processes to their messages."""
+"""What an error says, in one line: libraries add stacks and tracebacks of other processes to their messages, and URLs
+with the passwords in them.
+"""
 
 from __future__ import annotations
+
+from trajectory_store import without_secrets
 
 
 def first_line(error: BaseException) -> str:
@@ -14,4 +18,4 @@ def last_line(error: BaseException) -> str:
 
 
 def _lines(error: BaseException) -> list[str]:
-    return [line.strip() for line in str(error).splitlines() if line.strip()]
+    return [line.strip() for line in without_secrets(str(error)).splitlines() if line.strip()]

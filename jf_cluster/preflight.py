@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import tempfile
 import urllib.error
@@ -25,7 +27,7 @@ from jf_cluster.planning.machines import Machines
 from jf_cluster.planning.memory import Need, shown
 from jf_cluster.planning.shapes import ModelShape, read_shape
 from jf_cluster.tracking.store import is_server, tracking_uri
-from trajectory_store import StoreError, TrajectoryStore
+from trajectory_store import StoreError, TrajectoryStore, without_secrets
 
 MLFLOW_TIMEOUT_S = 5.0
 
@@ -120,7 +122,7 @@ def refused_places(config: Config, shape: ModelShape) -> Iterator[Refusal]:
 
 def mlflow_warning(config: Config) -> str | None:
     """What to know when the MLflow server does not answer; the run goes on without it."""
-    uri = tracking_uri(config)
+    uri = without_secrets(tracking_uri(config))  # nor could urllib be asked with them
     if not is_server(uri):
         return None
     try:
@@ -156,25 +158,43 @@ def _unreachable(url: str) -> Refusal | None:
 
 
 def _too_little_disk(config: Config, shape: ModelShape, places: dict[str, Path]) -> Iterator[Refusal]:
+    """Refuse what has no room beside what the run has written before: a run that goes on fills its disk itself."""
     stored, run = memory.disk(config, shape)
+    written = {part: _used(config.run_dir / part) for part in run.parts}  # its folders have these names
+    if "store" in places:
+        written["trajectories"] = _used(places["store"])
     needed: dict[int, dict[str, int]] = defaultdict(dict)  # by file system
     where: dict[int, Path] = {}
+    if all(Path(config.model_dir(r)).is_dir() for r in range(1, config.rounds + 1)):
+        run = Need(run.parts | {"checkpoints": 0})
     for setting, place in places.items():
         there = next(p for p in (place, *place.parents) if p.exists())
         parts = {"trajectories": stored} if setting == "store" else run.parts
         needed[there.stat().st_dev] |= parts
         where.setdefault(there.stat().st_dev, there)
     for system, parts in needed.items():
-        need, free = Need(parts), shutil.disk_usage(where[system]).free
+        need = Need({part: max(0, size - written[part]) for part, size in parts.items()})
+        free = shutil.disk_usage(where[system]).free
         if need.total > free:
-            largest = max(parts, key=lambda part: parts[part])
+            largest = max(need.parts, key=lambda part: need.parts[part])
             setting = {
                 "trajectories": "prompts.per_round",
                 "checkpoints": "train.keep_checkpoints",
                 "models": "rounds",
             }[largest]
+            more = " more" if any(written[part] for part in parts) else ""
             yield Refusal(
                 setting,
-                f"the run needs about {shown(need.total)} of disk ({need}) and {where[system]} has {shown(free)} free: "
-                f"free some, set runs_dir or store, or lower {setting}",
+                f"the run needs about {shown(need.total)} of disk{more} ({need}) and {where[system]} has {shown(free)} "
+                f"free: free some, set runs_dir or store, or lower {setting}",
             )
+
+
+def _used(directory: Path) -> int:
+    """Bytes that files under ``directory`` take of their disk; 0 where it is not there."""
+    found = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a process that works there has just removed it
+                found += 512 * Path(folder, name).lstat().st_blocks
+    return found

@@ -30,7 +30,7 @@ from jf_cluster.stopping import raise_if_asked
 from jf_cluster.tracking import Tracker
 from jf_cluster.train import drop_leftovers, train_round
 from jf_cluster.whole_files import write_whole
-from trajectory_store import TrajectoryStore
+from trajectory_store import TrajectoryStore, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def _claimed(config: Config) -> Iterator[None]:
 
 
 def _record(config: Config) -> None:
-    """Write config.yaml, or make sure that this configuration continues the one it holds.
+    """Write config.yaml, or make sure that this configuration continues the one it holds; neither with secrets.
 
     Raises:
         ConfigError: names the settings that differ.
@@ -224,10 +224,11 @@ def _record(config: Config) -> None:
     path = config.run_dir / "config.yaml"
     rounds = config.rounds
     if path.is_file():
-        begun = OmegaConf.to_container(OmegaConf.load(path))
+        # An older version recorded secrets too.
+        begun = OmegaConf.to_container(OmegaConf.create(without_secrets(path.read_text())))
         # A setting that came with a newer version had its default's effect before.
-        before = _leaves(Config().model_dump(mode="json")) | _leaves(begun)
-        now = _leaves(config.model_dump(mode="json"))
+        before = _leaves(Config().shown()) | _leaves(begun)
+        now = _leaves(config.shown())
         differing = [
             f"  {key}: {before.get(key)!r} before, {now.get(key)!r} now"
             for key in sorted(before.keys() | now.keys())

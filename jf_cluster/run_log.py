@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trajectory_store import without_secrets
+
 FILE = "log.txt"
 _LINE = re.compile(r"(?P<time>\S+ \S+) (?P<level>WARNING|ERROR|CRITICAL) (?P<text>.*)")
 _TAIL_BYTES = 64 * 1024
@@ -25,9 +27,8 @@ def kept_log(run_dir: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         # Told on the terminal by whoever catches it; here only for the file.
-        handler.handle(
-            logging.LogRecord(__name__, logging.ERROR, __file__, 0, f"{type(error).__name__}: {error}", None, None)
-        )
+        text = without_secrets(f"{type(error).__name__}: {error}")
+        handler.handle(logging.LogRecord(__name__, logging.ERROR, __file__, 0, text, None, None))
         raise
     finally:
         for logger in loggers:

@@ -17,18 +17,20 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to stop and has; what was done is kept and the same command carries on."""
 
 
-_stopped = threading.Event()
+_stopped = False  # no Event: its lock would stay taken where a second SIGTERM interrupts the handler of the first
 
 
 def stop_at_once(_: int, __: FrameType | None) -> None:
     """Handle SIGTERM where every moment is a safe point: outputs appear in one atomic step."""
-    _stopped.set()
+    global _stopped
+    _stopped = True
     raise Terminated
 
 
 def listen() -> None:
     """Have SIGTERM stop this process at once from now on."""
-    _stopped.clear()
+    global _stopped
+    _stopped = False
     signal.signal(signal.SIGTERM, stop_at_once)
 
 
@@ -38,13 +40,13 @@ def raise_if_asked() -> None:
     Raises:
         Terminated: so it was.
     """
-    if _stopped.is_set() and signal.getsignal(signal.SIGTERM) is stop_at_once:
+    if _stopped and signal.getsignal(signal.SIGTERM) is stop_at_once:
         raise Terminated
 
 
 def was_terminated(error: KeyboardInterrupt) -> bool:
     """Whether SIGTERM, not Ctrl-C, is behind it: Ray's waits turn what the handler raises into a plain interrupt."""
-    return isinstance(error, Terminated) or _stopped.is_set()
+    return isinstance(error, Terminated) or _stopped
 
 
 @contextmanager

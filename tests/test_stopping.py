@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +62,36 @@ def test_a_request_that_a_destructor_swallowed_is_not_lost() -> None:
         raise_if_asked()
     listen()
     raise_if_asked()
+
+
+SECOND = """
+import signal, sys
+from jf_cluster.stopping import Terminated, listen
+
+def second(frame, event, argument):
+    global left
+    left -= 1
+    if left == 0:
+        signal.raise_signal(signal.SIGTERM)
+    return second
+
+listen()
+for place in range(1, 40):
+    left = place
+    sys.settrace(second)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        sys.exit("went on")
+    except Terminated:
+        sys.settrace(None)
+"""
+
+
+def test_a_second_request_may_come_at_any_line_of_the_first_ones_handler() -> None:
+    """A lock taken there would be waited for for ever."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", SECOND], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_ctrl_c_does_is_as_before(tmp_path: Path) -> None:

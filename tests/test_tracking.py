@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from bench.tracking import cost
 from jf_cluster.config import Config
 from jf_cluster.tracking import StageRun, Tracker, stage_run, system
+from jf_cluster.tracking.store import experiment_id
 
 
 def config_of(directory: Path, uri: str | None = None) -> Config:
@@ -64,6 +65,14 @@ def test_a_run_directory_made_anew_gets_runs_of_its_own(tmp_path: Path) -> None:
     first = Tracker.open(config_of(tmp_path))
     (first.run_dir / "tracking" / "key").unlink()
     assert Tracker.open(config_of(tmp_path)).run_id != first.run_id
+
+
+def test_files_of_an_experiment_stay_under_the_runs(tmp_path: Path) -> None:
+    """Its name may be a path, as on servers where it has to be one."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    found = MlflowClient(uri).get_experiment(experiment_id(uri, "/Users/me/here", tmp_path))
+    assert found.name == "/Users/me/here"
+    assert found.artifact_location == (tmp_path / "mlartifacts" / "Users" / "me" / "here").as_uri()
 
 
 POINTS = 12

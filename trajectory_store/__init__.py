@@ -26,6 +26,7 @@ from trajectory_store.reader import TrajectoryReader
 from trajectory_store.rows import ArrivingRows, SealedRows, WaitInterruptedError
 from trajectory_store.store import Round, TrajectoryStore
 from trajectory_store.trajectory import Trajectory
+from trajectory_store.urls import without_secrets
 from trajectory_store.writer import TrajectoryWriter
 
 __all__ = [
@@ -62,4 +63,5 @@ __all__ = [
     "global_order",
     "order_windows",
     "step_bounds",
+    "without_secrets",
 ]

@@ -17,6 +17,7 @@ from trajectory_store.reader import TrajectoryReader
 from trajectory_store.statistics import NOISE_BINS, round_statistics
 from trajectory_store.store import Round, TrajectoryStore
 from trajectory_store.trajectory import Trajectory
+from trajectory_store.urls import without_secrets
 from trajectory_store.verify import verify_round
 
 Lines = Iterator[tuple[str, int]]
@@ -40,7 +41,7 @@ def existing_rounds(path: str) -> list[Round]:
     named = named_round(path)
     rounds = [named] if named and named.folder.entries() else [] if named else TrajectoryStore(path).rounds()
     if not rounds:
-        raise RoundNotFoundError(f"{path} holds no rounds")
+        raise RoundNotFoundError(f"{without_secrets(path)} holds no rounds")
     return rounds
 
 
@@ -143,5 +144,5 @@ def import_(options: argparse.Namespace) -> Lines:
 def _require_named(path: str) -> Round:
     round_ = named_round(path)
     if round_ is None:
-        raise InvalidNameError(f"{path} names no round; it must end in round-001, round-002, ...")
+        raise InvalidNameError(f"{without_secrets(path)} names no round; it must end in round-001, round-002, ...")
     return round_

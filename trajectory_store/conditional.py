@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -27,8 +27,8 @@ class S3Access:
 
     region: str
     endpoint_url: str | None
-    access_key: str | None
-    secret_key: str | None
+    access_key: str | None = field(repr=False)
+    secret_key: str | None = field(repr=False)
 
     @classmethod
     def of(cls, url: str, region: str) -> S3Access:

@@ -20,6 +20,7 @@ from trajectory_store import local_files
 from trajectory_store.conditional import S3Access
 from trajectory_store.errors import MissingShardError, StoreUnavailableError
 from trajectory_store.local_files import TEMPORARY_PREFIX
+from trajectory_store.urls import without_secrets
 
 PIECE_BYTES = 4 << 20
 OBJECT_STORES = ("s3", "gcs", "abfs")
@@ -47,7 +48,8 @@ class Folder:
         try:
             filesystem, path = pafs.FileSystem.from_uri(text)
         except (OSError, ValueError) as error:
-            raise StoreUnavailableError(f"cannot open the store at {text}: {error}") from error
+            why = without_secrets(str(error))  # it repeats the URL
+            raise StoreUnavailableError(f"cannot open the store at {without_secrets(text)}: {why}") from None
         s3 = S3Access.of(text, filesystem.region) if filesystem.type_name == "s3" else None
         return cls(filesystem, path.rstrip("/"), s3)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from trajectory_store.errors import CorruptShardError, RoundNotSealedError, Sche
 from trajectory_store.folder import Folder
 from trajectory_store.provenance import Provenance
 from trajectory_store.schema import READABLE_BY, SCHEMA_VERSION
+from trajectory_store.shard import ShardName
 from trajectory_store.state import MANIFEST_NAME, look, stage_of
 
 INDEX_SCHEMA = pa.schema(
@@ -114,6 +116,14 @@ class Manifest:
             index=values["index"],
             shards=tuple(ShardEntry(s["name"], s["rows"], s["bytes"], s["checksum"]) for s in values["shards"]),
         )
+
+    def __post_init__(self) -> None:
+        # Read from a file, they become parts of paths.
+        if not re.fullmatch(r"index-[0-9a-f]+\.arrow", self.index):
+            raise ValueError(f"{self.index!r} is no name of a row index")
+        for shard in self.shards:
+            if ShardName.parse(shard.name) is None:
+                raise ValueError(f"{shard.name!r} is no name of a shard")
 
 
 def read_manifest(folder: Folder) -> Manifest:

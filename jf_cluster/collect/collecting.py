@@ -32,7 +32,7 @@ from jf_cluster.models import ModelError, load_tokenizer, model_hash, resolve, t
 from jf_cluster.progress import meter
 from jf_cluster.tracking import StageRun, Tracker
 from jf_cluster.whole_files import write_whole
-from trajectory_store import Manifest, Provenance, Round, StoreError, TrajectoryStore
+from trajectory_store import Manifest, Provenance, Round, StoreError, TrajectoryStore, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Undertaking:
             seed=config.seed,
             round_number=round_number,
             code_version=__version__,
-            config=config.model_dump(mode="json"),
+            config=config.shown(),
         )
         folder = TrajectoryStore(config.store_url).round(round_number)
         return cls(folder, load_prompts(config, tokenizer, round_number), provenance)
@@ -101,7 +101,7 @@ def collect_round(
     undertaking = undertaking or Undertaking.of(config, round_number)
     prompts, provenance = undertaking.prompts, undertaking.provenance
     with tracker.stage(round_number, "collect") as stage, Crew.given_or_own(crew, config) as hosts:
-        stage.tags({"model_hash": provenance.model_hash, "store": config.store_url})
+        stage.tags({"model_hash": provenance.model_hash, "store": without_secrets(config.store_url)})
         stage.params(
             {"block_size": provenance.block_size, "prompts": len(prompts), "responses": config.collect.responses}
         )

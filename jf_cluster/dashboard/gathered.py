@@ -116,7 +116,7 @@ def _rates(tracker: Tracker) -> tuple[Rate, ...]:
                 history = mlflow.get_metric_history(run.info.run_id, metric)
                 points += [(p.timestamp, int(run.data.tags[ROUND]), run.data.tags[STAGE], p.value) for p in history]
     except refusals() as error:
-        logger.warning("MLflow at %s: no rates (%s)", tracker.uri, first_line(error))
+        logger.warning("MLflow at %s: no rates (%s)", tracker.place, first_line(error))
     points.sort()
     return tuple(Rate(r, stage, (t - points[0][0]) / 1000, value) for t, r, stage, value in points)
 

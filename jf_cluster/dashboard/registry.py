@@ -74,7 +74,7 @@ def register(config: Config, tracker: Tracker, last_round: int) -> None:
                 mlflow.set_registered_model_alias(name, alias, known[round_number].version)
                 logger.info("models:/%s@%s is now model %d", name, alias, round_number)
     except refusals() as error:
-        logger.warning("MLflow at %s: models are not registered (%s)", tracker.uri, first_line(error))
+        logger.warning("MLflow at %s: models are not registered (%s)", tracker.place, first_line(error))
 
 
 _DESCRIPTION = """Models made by Jacobi Forcing, one version a round; {champion}.

@@ -47,10 +47,11 @@ def serve(config: Config, port: int, browser: bool) -> int:
     if browser:
         threading.Thread(target=_open_when_up, args=(server, page), daemon=True).start()
     command = [
-        *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri(config)),
+        *(sys.executable, "-m", "mlflow", "server"),
         *("--artifacts-destination", (config.runs_dir / "mlartifacts").as_uri()),
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
     ]
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = tracking_uri(config)  # everybody can read a command line
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     # Ten workers for jobs nobody starts here; they outlive a server that is killed.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")

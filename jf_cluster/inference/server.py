@@ -17,6 +17,7 @@ from ray.serve.exceptions import RayServeException
 
 from jf_cluster.cluster import ClusterError, join_or_start
 from jf_cluster.inference.replica import Options, Replica
+from jf_cluster.listening import warn_if_open
 from jf_cluster.models import resolve, tokenizer_of
 
 STARTING_S = 600.0
@@ -31,6 +32,7 @@ def run_server(options: Options, say: Callable[[str], None]) -> None:
     """
     resolve(options.model)
     tokenizer_of(options.model, options.loading.trust_remote_code)
+    warn_if_open("the model's server", options.host, "leave --host out, or put a proxy with authentication in front")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -20,6 +20,7 @@ from typing import Literal
 import psutil
 
 from jf_cluster.whole_files import write_whole
+from trajectory_store import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def working(run_dir: Path, round_number: int, stage: str) -> Iterator[Activity]:
         activity.ended("interrupted")
         raise
     except BaseException as error:
-        activity.ended("failed", f"{type(error).__name__}: {error}")
+        activity.ended("failed", without_secrets(f"{type(error).__name__}: {error}"))
         raise
     activity.ended("finished")
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from jf_cluster.messages import first_line
 from jf_cluster.tracking.activity import Activity
 from jf_cluster.tracking.store import client, refusals
+from trajectory_store import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,8 @@ class StageRun:
         try:
             history = client(self.uri).get_metric_history(self.run_id, metric)
         except refusals() as error:
-            logger.warning("MLflow at %s: no history of %s (%s)", self.uri, metric, first_line(error))
+            place = without_secrets(self.uri)
+            logger.warning("MLflow at %s: no history of %s (%s)", place, metric, first_line(error))
             return set()
         return {point.step for point in history}
 
@@ -154,7 +156,8 @@ class StageRun:
     def _keep(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            logger.warning("MLflow at %s does not answer (%s); metrics are kept in %s", self.uri, reason, self.journal)
+            place = without_secrets(self.uri)
+            logger.warning("MLflow at %s does not answer (%s); metrics are kept in %s", place, reason, self.journal)
         try:
             _append(self.journal, [json.dumps(asdict(entry)) for entry in self._unsent[self._kept :]])
         except OSError as error:  # a full disk; they wait in memory, and what it means for the run others tell

@@ -64,7 +64,7 @@ def experiment_id(uri: str, name: str, runs_dir: Path) -> str:
         found = mlflow.get_experiment_by_name(name)
         if found is None:
             # Without a location, artifacts of an SQLite store land in ./mlruns of whoever runs first.
-            location = (runs_dir.absolute() / "mlartifacts" / name).as_uri() if local else None
+            location = (runs_dir.absolute() / "mlartifacts" / name.lstrip("/")).as_uri() if local else None
             try:
                 # The kind spares people the choice between MLflow's two layouts, of which the other one is about chats.
                 kind = {"mlflow.experimentKind": "custom_model_development"}

@@ -28,6 +28,7 @@ from jf_cluster.tracking.store import (
     tracking_uri,
 )
 from jf_cluster.tracking.system import system_metrics
+from trajectory_store import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,8 @@ class Tracker:
         try:
             tracker._connect()
         except refusals() as error:
-            logger.warning("MLflow at %s cannot be used (%s); the run goes on", tracker.uri, first_line(error))
-        tracker.parent.params(config.model_dump(mode="json"))
+            logger.warning("MLflow at %s cannot be used (%s); the run goes on", tracker.place, first_line(error))
+        tracker.parent.params(config.shown())
         return tracker
 
     def _connect(self) -> None:
@@ -80,6 +81,11 @@ class Tracker:
         known = self._find(tags)
         self.run_id = self._again(known) if known else self._create(tags, self.run_name)
         self._replay()
+
+    @property
+    def place(self) -> str:
+        """``uri`` as it may be shown."""
+        return without_secrets(self.uri)
 
     @cached_property
     def parent(self) -> StageRun:
@@ -100,7 +106,7 @@ class Tracker:
                 known = self.stage_run(round_number, name)
                 run_id = self._again(known) if known else self._new_stage_run(round_number, name)
             except refusals() as error:
-                logger.warning("MLflow at %s: no run for %s (%s)", self.uri, title, first_line(error))
+                logger.warning("MLflow at %s: no run for %s (%s)", self.place, title, first_line(error))
         status: Status = "FAILED"
         self._active.add(title)
         with working(self.run_dir, round_number, name) as activity:
@@ -137,7 +143,7 @@ class Tracker:
                 if run_id != self.run_id:
                     mlflow.set_terminated(run_id, "KILLED")
         except refusals() as error:
-            logger.warning("MLflow at %s does not answer (%s)", self.uri, first_line(error))
+            logger.warning("MLflow at %s does not answer (%s)", self.place, first_line(error))
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +163,7 @@ class Tracker:
             else:
                 self._replay()
         except refusals() as error:
-            logger.debug("MLflow at %s still does not answer (%s)", self.uri, first_line(error))
+            logger.debug("MLflow at %s still does not answer (%s)", self.place, first_line(error))
 
     def _replay(self) -> None:
         """Send what stages of this and earlier processes kept while the store did not answer."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jf_cluster.config import Config, ConfigError
 from jf_cluster.evaluate.evaluation import Evaluation, ModeResult, save_evaluation
 from jf_cluster.models import ModelError
+from jf_cluster.planning import memory
+from jf_cluster.planning.shapes import read_shape
 from jf_cluster.preflight import PreflightError, check
 from jf_cluster.report import write_report
 from jf_cluster.rounds import RunBusyError, opened
@@ -65,6 +69,36 @@ def test_settings_that_contradict_each_other(tmp_path: Path, base_model: Path, c
 def test_too_little_disk_is_told_with_figures(tmp_path: Path, base_model: Path) -> None:
     with pytest.raises(PreflightError, match=r"prompts\.per_round: .*GiB of disk .*lower prompts\.per_round"):
         check(small_config(tmp_path, base_model, prompts__per_round=10**9, collect__max_new_tokens=10**5))
+
+
+def test_a_run_that_goes_on_has_room_where_it_lies_already(
+    tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a disk that held the whole run, a run half written leaves room for the other half alone."""
+    config = small_config(tmp_path, base_model)
+    stored, run = memory.disk(config, read_shape(config))
+    free = stored + run.total
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    check(config)
+
+    def write(path: str, size: int) -> None:
+        nonlocal free
+        file = config.run_dir / path
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes(size))
+        free -= 512 * file.stat().st_blocks
+
+    write("store/round-001/shard", stored // 2)
+    write("checkpoints/round-001/step-000002/states", run.parts["checkpoints"] // 2)
+    check(config)
+    free -= 1 << 20  # somebody else's
+    with pytest.raises(PreflightError, match=r"train\.keep_checkpoints: the run needs about \d+ MiB of disk more"):
+        check(config)
+    for number in (1, 2, 3):  # only checkpoints would not fit, and none is made any more
+        write(f"models/round-{number:03d}/model.safetensors", run.parts["models"] // config.rounds)
+    (config.run_dir / "checkpoints" / "round-001" / "step-000002" / "states").unlink()
+    free = stored
+    check(config)
 
 
 def test_too_little_memory_is_told_with_figures(tmp_path: Path, base_model: Path) -> None:

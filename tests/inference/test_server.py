@@ -18,7 +18,11 @@ import openai
 import psutil
 import pytest
 
+from jf_cluster.cluster import ClusterError
 from jf_cluster.inference.loaded import Loaded
+from jf_cluster.inference.options import DecodingOptions, LoadOptions
+from jf_cluster.inference.replica import Options
+from jf_cluster.inference.server import run_server
 from jf_cluster.jacobi.decoding import generate
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE
 from jf_cluster.jacobi.sampling import GREEDY, Sampling
@@ -64,6 +68,24 @@ def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
             process.kill()
+
+
+def test_a_wider_address_is_warned_of(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(socket.socket()) as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        def told(host: str) -> list[str]:
+            caplog.clear()
+            options = Options(str(directory), "it", DecodingOptions(), LoadOptions(), host=host, port=port)
+            with pytest.raises(ClusterError, match=f"port {port} on {host} cannot be had"):
+                run_server(options, pytest.fail)
+            return caplog.messages
+
+        assert told("127.0.0.1") == []
+        (warning,) = told("0.0.0.0")
+    assert "server listens on 0.0.0.0 without authentication" in warning and "put a proxy" in warning
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,21 @@ def test_a_shard_in_the_place_of_another_is_noticed(sealed: Round) -> None:
 def test_a_damaged_manifest_is_named(sealed: Round, content: bytes) -> None:
     path_of(sealed, "manifest.json").write_bytes(content)
     with pytest.raises(CorruptShardError, match=r"manifest\.json"):
+        sealed.reader()
+    assert bad_names(sealed) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("name", ["../else/shard.arrow", "/etc/passwd", "index-0.arrow/../x.arrow", "", 7])
+@pytest.mark.parametrize("kind", ["shard", "index"])
+def test_a_manifest_names_no_file_elsewhere(sealed: Round, kind: str, name: object) -> None:
+    path = path_of(sealed, "manifest.json")
+    content = json.loads(path.read_text())
+    if kind == "index":
+        content["index"] = name
+    else:
+        content["shards"][1]["name"] = name
+    path.write_text(json.dumps(content))
+    with pytest.raises(CorruptShardError, match=r"manifest\.json is not a readable manifest"):
         sealed.reader()
     assert bad_names(sealed) == ["manifest.json"]
 
