@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -151,6 +153,25 @@ def test_the_cost_of_a_response_adds_up(qwen2: PreTrainedModel) -> None:
         assert g.forwards < g.forwarded_tokens <= 8 * g.forwards
         assert g.reason == ("end" if g.tokens[-1] == END else "length")
         assert g.prefill_seconds > 0 and g.tps == pytest.approx((len(g.tokens) - 1) / g.seconds)
+
+
+def test_the_time_a_reader_takes_between_forwards_is_not_decoding(
+    qwen2: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("jf_cluster.jacobi.engine.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def a_second(*_: object) -> None:
+        now[0] += 1.0
+
+    handle = qwen2.register_forward_hook(a_second)  # decode forwards only: the prefill calls the base model
+    try:
+        for _, made in stream(qwen2, [1, 2, 3], max_new_tokens=20, end_ids=[END], drafting=Drafting("jacobi", 4)):
+            assert made.seconds == made.forwards
+            now[0] += 100.0
+    finally:
+        handle.remove()
+    assert made.tps == made.tpf
 
 
 def test_rows_join_and_leave_while_others_run(qwen2: PreTrainedModel) -> None:
