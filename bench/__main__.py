@@ -1,7 +1,7 @@
 """``python -m bench``: every benchmark that runs in this environment, one after the other, with its CPU preset.
 
-``python -m bench NAME …`` runs only those named. ``--page FILE`` also writes the figures as a page of documentation; what
-was not run keeps the section that the file has.
+``python -m bench NAME …`` runs only those named. ``--page FILE`` also writes the figures as a page of documentation;
+what was not run keeps the section that the file has. The figures that the pages beside it quote are then made anew too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bench.measure import MACHINE
+from bench.quotes import figures_of, requoted
 
 NOT_BENCHMARKS = {
     *("__init__", "__main__", "ablate", "ablation", "gpu", "many_prompts", "mds", "measure", "published", "simulated"),
-    "tiny_inputs",
+    *("quotes", "tiny_inputs"),
 }
 """Parts of benchmarks; the ablation, which takes hours and a directory for its cells; the list for a GPU."""
 BENCHMARKS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_BENCHMARKS)
@@ -31,10 +32,10 @@ NEEDS = {"scale": "ray"}
 
 _HEAD = """# Benchmarks
 
-Made by `python -m bench --page docs/benchmarks.md` (`make bench` prints the same figures; with names behind `bench` only
-their sections are made anew). Every benchmark runs the alternative beside ours, in the same process or in turn; what
-counts are the ratios. `ratio_a_vs_b` is ours against b; `median_…` are medians over the repeats. None of it ran on a GPU
-unless its `accelerator` says so.
+Made by `python -m bench --page docs/benchmarks.md`; with names, as in `python -m bench decode --page …`, only their
+sections are made anew. `make bench` prints the same figures. Every benchmark runs the alternative beside ours, in the
+same process or in turn; what counts are the ratios. `ratio_a_vs_b` is ours against b; `median_…` are medians over the
+repeats. None of it ran on a GPU unless its `accelerator` says so.
 """
 _NOT_RUN = "*Its figures are not on this page yet.*\n"
 
@@ -70,14 +71,15 @@ def page(results: Mapping[str, Mapping[str, object]], before: str = "") -> str:
     return "\n".join(parts)
 
 
-def figures_of(page: str) -> dict[str, dict[str, str]]:
-    """What a page says: the values by key of each benchmark, as they are written there."""
-    found = {}
-    for part in page.split("\n## ")[1:]:
-        name, _, text = part.partition("\n")
-        rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
-        found[name] = {key.strip("`"): value for key, value in rows}
-    return found
+def publish(path: Path, results: Mapping[str, Mapping[str, object]]) -> None:
+    """Write the page and make anew what the pages beside it quote; say what changed there."""
+    text = page(results, path.read_text() if path.exists() else "")
+    path.write_text(text)
+    for other in sorted(path.parent.glob("*.md")):
+        now, changes = requoted(other.read_text(), figures_of(text))
+        if changes:
+            other.write_text(now)
+            print(f"{other}, whose words must still be true: " + "; ".join(changes), file=sys.stderr)
 
 
 def main() -> int:
@@ -102,7 +104,7 @@ def main() -> int:
                 continue
             results[name] = json.loads(figures.read_text())
             if args.page is not None:  # after each one, since all of them together take long
-                args.page.write_text(page(results, args.page.read_text() if args.page.exists() else ""))
+                publish(args.page, results)
     if failed:
         print("failed: " + ", ".join(failed), file=sys.stderr)
     return 1 if failed else 0

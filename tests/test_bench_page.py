@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.__main__ import BENCHMARKS, about, figures_of, page
+from bench.__main__ import BENCHMARKS, about, page, publish
 from bench.measure import report
+from bench.quotes import UnknownFigureError, figures_of, quotes, requoted
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
@@ -39,3 +40,29 @@ def test_a_report_names_the_processor(tmp_path: Path) -> None:
     name, cores = machine.rsplit(", ", 1)
     lines = Path("/proc/cpuinfo").read_text()
     assert (name in lines or "model name" not in lines) and cores.endswith(" cores") and machine != "x86_64"
+
+
+def test_the_figures_that_pages_quote_are_those_of_the_benchmarks() -> None:
+    """When this fails: python -m bench NAME --page docs/benchmarks.md writes both; or change what is listed by hand."""
+    figures = figures_of(PAGE.read_text())
+    quoted = {path.name: requoted(path.read_text(), figures)[1] for path in PAGE.parent.glob("*.md")}
+    assert {name: changes for name, changes in quoted.items() if changes} == {}
+    assert len(quotes((PAGE.parent / "decoding.md").read_text())) > 20
+
+
+def test_a_quote_follows_the_page(tmp_path: Path) -> None:
+    other = tmp_path / "other.md"
+    other.write_text(
+        "At <!-- decode.rate*1e-3 -->1,234.5 and <!-- loss.share*100 -->12%, <!-- scale.any -->7; 1.5 alone."
+    )
+    publish(tmp_path / "page.md", {"decode": {"rate": 2345678.0}, "loss": {"share": 0.0876}})
+    assert other.read_text() == (
+        "At <!-- decode.rate*1e-3 -->2,346.0 and <!-- loss.share*100 -->9%, <!-- scale.any -->7; 1.5 alone."
+    )
+    figures = figures_of((tmp_path / "page.md").read_text())
+    assert requoted("<!-- loss.share -->0.1.", figures) == (
+        "<!-- loss.share -->0.1.", []
+    ) and requoted("<!-- loss.share -->0.2.", figures)[1] == ["loss.share: 0.2 is now 0.1"]  # fmt: skip
+    for unknown in ("loss.shares", "lost.share"):
+        with pytest.raises(UnknownFigureError, match=unknown):
+            requoted(f"<!-- {unknown} -->1", figures)
