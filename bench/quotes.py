@@ -1,8 +1,8 @@
 """Figures of the benchmarks' page that other pages quote, kept equal to it.
 
 A quoted figure stands behind a comment that names it, ``<!-- decode.ratio_speedup_vs_ar -->2.3``: the benchmark, the
-key, and what it is to be multiplied with where that is not 1 (``*100``, ``*1e-6``). It keeps its number of decimals. The
-words around it are for a person to read again.
+key, and what it is to be multiplied with where that is not 1 (``*100``, ``*1e-6``). It keeps its number of decimals.
+The words around it are for a person to read again.
 """
 
 from __future__ import annotations

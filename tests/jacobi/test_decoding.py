@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from jf_cluster.jacobi.attention import UnsupportedModelError, branch_attention
+from jf_cluster.jacobi.cache import KeyValueCache
 from jf_cluster.jacobi.decoding import PromptError, generate, stream
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting, NgramPool, Row
 from jf_cluster.jacobi.engine import Batch
@@ -95,6 +97,33 @@ def test_tokens_stream_in_order(qwen2: PreTrainedModel) -> None:
         on_tokens=lambda row, tokens: seen[row].extend(tokens),
     )
     assert [seen[0], seen[1]] == [g.tokens for g in got]
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("source", "apart"), [(9, True), (6, True), (4, False), (5, False)])
+def test_accepted_slots_are_copied_in_place(qwen2: PreTrainedModel, source: int, apart: bool) -> None:
+    cache = KeyValueCache(qwen2.config, 2, 12, dtype=torch.float32, device=torch.device("cpu"))
+    tensors = [*cache.keys, *cache.values]
+    for tensor in tensors:
+        tensor.normal_()
+    expected = [tensor.clone() for tensor in tensors]
+    for tensor in expected:
+        tensor[1, :, 3:6] = tensor[1, :, source : source + 3].clone()
+    with Calls() as calls:
+        cache.copy_slots(1, slice(source, source + 3), slice(3, 6))
+    assert all(map(torch.equal, tensors, expected))
+    assert calls.names.count("copy_") == len(tensors) and ("clone" in calls.names) != apart
 
 
 def test_several_end_tokens(qwen2: PreTrainedModel) -> None:
