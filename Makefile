@@ -77,7 +77,7 @@ docs: $(READY)  ## Build the documentation into site/, refusing links that lead 
 	@$(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-tiny-base: $(READY)  ## Train the embedded run's tokenizer and base model again from nothing (about an hour on two cores)
+tiny-base: $(READY)  ## Train the embedded run's tokenizer and base model again from nothing (about 40 minutes on one core)
 	@$(BIN)/python -m jf_cluster.tiny.pretrain --output jf_cluster/tiny/base
 
 constraints: $(READY)  ## Write the installed versions into constraints.txt

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import json
 import multiprocessing
-import platform
+import os
 import resource
 import statistics
 import threading
@@ -136,9 +136,11 @@ MACHINE = ("machine", "accelerator", "torch", "threads", "date")
 
 
 def _machine() -> dict[str, Value]:
+    from jf_cluster.jacobi.calibration import processor  # here, as the children whose memory is measured need it not
+
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
-        "machine": platform.processor() or platform.machine(),
+        "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
         "accelerator": accelerator,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

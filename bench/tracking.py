@@ -1,8 +1,8 @@
-"""What tracking costs a training step: processor time of the driver that follows the ranks, as a share of the step.
+"""``python -m bench.tracking``: what tracking costs a training step: the driver's processor time as a share of it.
 
-Steps arrive as from a rank, one every ``--step-seconds``, are read from their log, sent to MLflow (SQLite) and told to
-``status``, and the machine's load is sampled; the work of the step itself is left out. Beside it the same with a
-request for every step. Ranks do no more than append a line, which is measured too.
+The driver follows the ranks: steps arrive as from a rank, one every ``--step-seconds``, are read from their log, sent
+to MLflow (SQLite) and told to ``status``, and the machine's load is sampled; the work of the step itself is left out.
+Beside it the same with a request for every step. Ranks do no more than append a line, which is measured too.
 """
 
 from __future__ import annotations

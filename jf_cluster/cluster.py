@@ -29,6 +29,7 @@ from jf_cluster.config import Config
 from jf_cluster.listening import warn_if_open
 from jf_cluster.ray_environment import DASHBOARD_PORT, HOME_VARIABLE
 from jf_cluster.stopping import raise_if_asked
+from jf_cluster.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ def start_head(runs_dir: Path, *, timeout_s: float = 120.0, port: int = DASHBOAR
             start_new_session=True,
         )
     head = Head(process.pid, psutil.Process(process.pid).create_time(), address, f"http://127.0.0.1:{port}")
-    (state / "head.json").write_text(json.dumps(asdict(head)))
+    write_whole(state / "head.json", json.dumps(asdict(head)))
     deadline = time.monotonic() + timeout_s
     while not _jobs_answer(head):
         if process.poll() is not None or time.monotonic() > deadline:

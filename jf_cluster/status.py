@@ -6,6 +6,7 @@ after a crash, and from any machine that sees the files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -116,8 +117,10 @@ class StatusReader:
         if Path(config.model_dir(number)).is_dir():
             return "trained", True
         steps = self._run_dir / "training" / f"round-{number:03d}.steps.jsonl"
-        lines = steps.read_text().splitlines() if steps.is_file() else []
-        return (f"step {json.loads(lines[-1])['step']} of {config.train.steps}" if lines else ""), False
+        # A line being written, or cut by a kill, has no end yet.
+        whole, newline, _ = steps.read_text().rpartition("\n") if steps.is_file() else ("", "", "")
+        last = whole.rpartition("\n")[2]
+        return (f"step {json.loads(last)['step']} of {config.train.steps}" if newline else ""), False
 
     def _evaluation(self, number: int) -> tuple[str, bool]:
         path = self._run_dir / "evaluation" / f"round-{number:03d}.json"
@@ -131,12 +134,15 @@ class StatusReader:
     def _checkpoint(self) -> str:
         whole = list((self._run_dir / "checkpoints").glob("round-*/step-*/complete.json"))
         models = list((self._run_dir / "models").glob("round-*/lineage.json"))
-        if not whole and not models:
+        written: dict[Path, float] = {}
+        for path in whole + models:
+            with contextlib.suppress(FileNotFoundError):  # a newer checkpoint has just taken its place
+                written[path] = path.stat().st_mtime
+        if not written:
             return "none yet"
-        newest = max(whole + models, key=lambda path: path.stat().st_mtime)
-        age = span(time.time() - newest.stat().st_mtime)
+        newest = max(written, key=written.__getitem__)
         what = f"model {newest.parent.name}" if newest in models else f"{newest.parts[-3]} {newest.parent.name}"
-        return f"{what}, {age} ago"
+        return f"{what}, {_ago(written[newest])}"
 
 
 def _rejected(count: int) -> str:

@@ -77,7 +77,33 @@ def test_a_round_is_followed_through_its_stages(config: Config) -> None:
     steps.write_text(json.dumps({"step": 200}) + "\n" + json.dumps({"step": 210}) + "\n")
     text = shown(config, reader)
     assert "step 210 of 300" in text and "last checkpoint: round-001 step-000200, " in text
+    with steps.open("a") as log:
+        log.write('{"step": 22')  # a line that is being written
+    assert "step 210 of 300" in shown(config, reader)
+    steps.write_text('{"step": 2')
+    assert "of 300" not in shown(config, reader)
     assert "last stage: collecting round 1, finished " in text
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_not_the_last(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = [config.run_dir / "checkpoints" / "round-001" / f"step-{n:06d}" / "complete.json" for n in (100, 200)]
+    for mark in marks:
+        mark.parent.mkdir(parents=True)
+        mark.touch()
+    listed = Path.glob
+
+    def then_removed(self: Path, pattern: str) -> list[Path]:
+        found = list(listed(self, pattern))
+        if "complete" in pattern:
+            marks[1].unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "glob", then_removed)
+    assert "last checkpoint: round-001 step-000100, " in shown(config)
+    marks[0].unlink()
+    assert "last checkpoint: none yet" in shown(config)
 
 
 def test_a_failed_stage_says_why_and_a_killed_one_that_it_is_gone(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""The decoder as a model of the EleutherAI lm-evaluation-harness: any of its tasks, decoded by ours.
+"""The decoder as a model of the EleutherAI lm-evaluation-harness: any task whose generation settings it has.
 
 ``python -m jf_cluster.evaluate.harness run --model jacobi --model_args pretrained=DIRECTORY --tasks gsm8k`` is the
 harness's own command line with one model more; it needs ``pip install "jf-cluster[lm-eval]"``. The model takes what the
@@ -18,6 +18,7 @@ from jf_cluster.jacobi.calibration import AUTO, Auto
 from jf_cluster.jacobi.decoding import generate
 from jf_cluster.jacobi.drafts import Drafting
 from jf_cluster.jacobi.sampling import GREEDY, Sampling, prompt_key
+from jf_cluster.models import end_ids
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -72,7 +73,7 @@ class JacobiLM(HFLM):  # type: ignore[misc]
             self.model,
             prompts,
             max_new_tokens=max_length - context.shape[1],
-            end_ids=[self.eot_token_id],
+            end_ids=end_ids(self.model, self.tokenizer),
             drafting=self.drafting,
             sampling=sampling,
             keys=[prompt_key(self.seed, 0, ",".join(map(str, p))) for p in prompts],

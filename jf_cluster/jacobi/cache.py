@@ -43,6 +43,11 @@ class KeyValueCache:
             tensor[target] = tensor[source]
 
     def copy_slots(self, row: int, source: slice, target: slice) -> None:
-        """Copy a few slots of one row to other slots of it (an accepted branch into its place on the stem)."""
+        """Copy a few slots of one row to other slots of it (an accepted branch into its place on the stem).
+
+        In place, unless the slots overlap, as they may behind a draft shorter than the branch: at a response's end.
+        """
+        apart = source.start >= target.stop or target.start >= source.stop
         for tensor in (*self.keys, *self.values):
-            tensor[row, :, target] = tensor[row, :, source].clone()
+            taken = tensor[row, :, source]
+            tensor[row, :, target] = taken if apart else taken.clone()

@@ -210,10 +210,11 @@ def machine(model: PreTrainedModel) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     if model.device.type == "cuda":
         return f"{torch.cuda.get_device_name(model.device)}, {dtype}"
-    return f"{_processor()}, {torch.get_num_threads()} threads, {dtype}"
+    return f"{processor()}, {torch.get_num_threads()} threads, {dtype}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

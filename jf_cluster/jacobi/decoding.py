@@ -40,7 +40,7 @@ class Generation:
     forwarded_tokens: int
     """Tokens the model computed on in them: 1 a forward for AR, about the draft's length otherwise."""
     seconds: float
-    """Wall clock from the end of the batch's prefill to this response's last token."""
+    """Wall clock of the decode steps this response was part of; what the caller did between them is not in it."""
     prefill_seconds: float
     """Wall clock of the prefill this prompt was part of, which writes the first token."""
     accepted_runs: list[int]
@@ -58,7 +58,7 @@ class Generation:
 
     @property
     def tps(self) -> float:
-        """Tokens per second of wall clock, prefill and its token not counted; 0 where nothing was measured."""
+        """Tokens per second of ``seconds``, prefill and its token not counted; 0 where nothing was measured."""
         return (len(self.tokens) - 1) / self.seconds if self.forwards and self.seconds else 0.0
 
     @property

@@ -103,10 +103,8 @@ class Row:
     """Tokens proposed to the model in all decode forwards, the last accepted one of each included."""
     reason: Reason | None = None
     prefill_seconds: float = 0.0
-    begun: float = 0.0
-    """``time.perf_counter()`` at the end of the prefill."""
     elapsed: float = 0.0
-    """Seconds from then to the last token."""
+    """Seconds of its decode steps; what a caller does between them is not in it."""
 
     def __post_init__(self) -> None:
         self._context = np.array(self.prompt, dtype=np.int64)

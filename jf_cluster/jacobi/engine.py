@@ -95,7 +95,7 @@ class Batch:
         firsts = self._choose(self._head(last), list(rows), np.zeros((count, 1), dtype=np.int64))
         ended = time.perf_counter()
         for row, first in zip(rows, firsts, strict=True):
-            row.prefill_seconds, row.begun = ended - begun, ended
+            row.prefill_seconds = ended - begun
             row.begin(first)
         self.active += rows
         self.leave(r for r in rows if r.done)
@@ -103,14 +103,15 @@ class Batch:
 
     def step(self) -> Accepted:
         """Make one forward pass of all active rows; rows that are done leave."""
-        rows = self.active
+        begun, rows = time.perf_counter(), self.active
         before = [len(r.tokens) for r in rows]
         single = len(rows) == 1 and self._graphs is None
         chosen = self._forward_one(rows[0]) if single else self._forward_all(rows)
-        now = time.perf_counter()
         for i, (row, written) in enumerate(zip(rows, chosen, strict=True)):
             self._accept(i, row, written)
-            row.elapsed = now - row.begun
+        seconds = time.perf_counter() - begun
+        for row in rows:
+            row.elapsed += seconds
         accepted = [(r, r.tokens[b:]) for r, b in zip(rows, before, strict=True)]
         self.leave(r for r, _ in accepted if r.done)
         return accepted

@@ -49,8 +49,11 @@ def read_skips(path: Path, identity: str) -> list[Skip]:
 
 def record_skip(path: Path, skip: Skip) -> None:
     """Add a line to the record, on disk when this returns."""
-    with path.open("a") as stream:
-        stream.write(json.dumps(asdict(skip)) + "\n")
+    with path.open("a+b") as stream:
+        stream.seek(0)
+        whole, newline, _ = stream.read().rpartition(b"\n")
+        stream.truncate(len(whole + newline))  # without a line that a kill has cut
+        stream.write(json.dumps(asdict(skip)).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
 

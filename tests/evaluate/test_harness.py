@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="the lm-eval extra is not installed")
 
@@ -64,6 +66,23 @@ def test_any_task_gives_what_it_gives_with_the_harness_own_model(base_model: Pat
         made, expected = ({s["doc_id"]: s["resps"] for s in results["samples"][task]} for results in (ours, theirs))
         assert made == expected and len(made) == 6
     assert ours["config"]["tokens_per_forward"] > 1.0 and ours["config"]["response_tokens"] > 6
+
+
+def test_every_end_token_of_the_model_ends_an_answer(base_model: Path, tasks: Path, tmp_path: Path) -> None:
+    """As of Qwen2.5-Instruct, whose generation configuration names two and whose tokenizer has one."""
+    model = shutil.copytree(base_model, tmp_path / "model")
+    settings = json.loads((model / "generation_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    usual = next(s["resps"][0][0] for s in evaluated("hf", model, tasks)["samples"]["mine_generating"])
+    other = tokenizer.encode(usual, add_special_tokens=False)[3]
+    (model / "generation_config.json").write_text(
+        json.dumps({**settings, "eos_token_id": [settings["eos_token_id"], other]})
+    )
+    ours, theirs = (
+        {s["doc_id"]: s["resps"] for s in evaluated(name, model, tasks)["samples"]["mine_generating"]}
+        for name in ("jacobi", "hf")
+    )
+    assert ours == theirs and len(theirs[0][0][0]) < len(usual)
 
 
 def test_settings_that_would_be_ignored_are_refused(base_model: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +18,9 @@ from typer.testing import CliRunner
 
 from jf_cluster.__main__ import app
 from jf_cluster.inference import loaded as loading
-from jf_cluster.inference.chat import SHADES, answers, converse
+from jf_cluster.inference.chat import WARM_UPS, Rate, Run, Screen, answers, converse, measure_ar
 from jf_cluster.inference.loaded import Loaded, Settings, load
-from jf_cluster.jacobi.decoding import generate
+from jf_cluster.jacobi.decoding import Generation, generate
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
 from jf_cluster.jacobi.sampling import GREEDY
 
@@ -43,17 +47,120 @@ def test_a_small_model_gets_one_thread_unless_told_otherwise(directory: Path, mo
         torch.set_num_threads(before)
 
 
-def test_every_forwards_run_is_shaded_and_counted(loaded: Loaded) -> None:
+class Terminal(io.StringIO):
+    """A terminal of ten rows: what can be scrolled back to, and what was written to it in each of its lines."""
+
+    ROWS = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines, self.row, self.column = [""], 0, 0
+
+    def write(self, text: str) -> int:
+        for token in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|\n|\r|[^\x1b\n\r]+", text):
+            if token == "\n":
+                self.row, self.column = self.row + 1, 0  # as a terminal's driver does
+                self.lines += [""] * (self.row + 1 - len(self.lines))
+            elif token == "\r":
+                self.column = 0
+            elif token.endswith("A"):
+                self.row = max(self.row - int(token[2:-1]), len(self.lines) - self.ROWS, 0)
+            elif token.endswith("K"):
+                self.lines[self.row] = ""
+            elif not token.startswith("\x1b"):
+                line = self.lines[self.row].ljust(self.column)
+                self.lines[self.row] = line[: self.column] + token + line[self.column + len(token) :]
+                self.column += len(token)
+        return super().write(text)
+
+
+def made(forwards: int, tokens: int = 4, seconds: float = 0.0) -> Generation:
+    runs = [tokens] * (forwards + 1)
+    return Generation([1] * sum(runs), "length", None, forwards, sum(runs), seconds, 0.0, runs)
+
+
+def test_every_forwards_run_is_counted(loaded: Loaded) -> None:
     ids = loaded.chat([{"role": "user", "content": "Hello"}])
-    *_, answer = answers(loaded, ids, SETTINGS)
-    assert answer.text == expected_text(loaded, ids)
-    assert len(answer.runs) == len(answer.made.accepted_runs)
-    spans = answer.rendered().spans
-    assert [answer.rendered().plain[s.start : s.end] for s in spans] == [run for run in answer.runs if run]
-    assert {s.style for s in spans} <= set(SHADES) and len({s.style for s in spans}) == 2
-    assert answer.ar_tps > 0
-    assert f"{answer.made.forwards} forwards" in answer.figures() and "times autoregressive" in answer.figures()
-    assert f"{answer.made.tpf:.2f} tokens/forward" in answer.figures()
+    runs = list(answers(loaded, ids, SETTINGS))
+    assert "".join(run.text for run in runs) == expected_text(loaded, ids)
+    last = runs[-1]
+    assert len({run.made.forwards for run in runs}) == len(last.made.accepted_runs)
+    assert last.ar_tps > 0
+    assert f"{last.made.forwards} forwards" in last.figures() and "times autoregressive" in last.figures()
+    assert f"{last.made.tpf:.2f} tokens/forward" in last.figures()
+
+
+def test_neighbouring_runs_differ_in_shade() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system="standard", _environ={})
+    with Screen(console) as screen:
+        for forwards, text in enumerate(["one ", "", "two ", "three ", ""]):
+            screen.show(Run(text, made(forwards), 0.0, 0.0))
+        screen.show(Run("rest", made(4), 0.0, 0.0))
+    written = console.file.getvalue()
+    final = written[written.rindex("\x1b[2K") :]  # the shades are 106 and 103 among ANSI's backgrounds
+    assert re.findall(r"\x1b\[30;(\d+)m([^\x1b]+)", final) == [
+        ("103", "one "), ("106", "two "), ("103", "three "), ("106", "rest"),
+    ]  # fmt: skip
+
+
+def test_an_answer_higher_than_the_terminal_stands_there_once_and_costs_the_same_to_its_end() -> None:
+    terminal = Terminal()
+    console = Console(file=terminal, force_terminal=True, width=60, height=Terminal.ROWS, _environ={})
+    words = [f"w{n:04}" + ("\n" if n % 7 == 0 else " ") for n in range(1500)]
+    cost = []
+    with Screen(console) as screen:
+        for forwards in range(500):
+            before = terminal.tell()
+            screen.show(Run("".join(words[3 * forwards : 3 * forwards + 3]), made(forwards), 0.0, 0.0))
+            cost.append(terminal.tell() - before)
+    shown = "\n".join(terminal.lines)
+    assert shown.split()[: len(words)] == [word.strip() for word in words], "every word once, in order"
+    assert shown.count("forwards, last run") == 1
+    assert sum(cost[-100:]) < 1.1 * sum(cost[100:200]), "a full line is not written again"
+
+
+def test_the_rate_is_that_of_warm_forwards(monkeypatch: pytest.MonkeyPatch, loaded: Loaded) -> None:
+    rate = Rate()
+    seconds = [0.0, 60.0, 70.0, 71.0, 72.0]
+    assert [rate.after(made(f, seconds=s)) for f, s in enumerate(seconds)] == [0.0] * (WARM_UPS + 1) + [4.0, 4.0]
+
+    now = [0.0]
+    monkeypatch.setattr("jf_cluster.jacobi.engine.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    calls = itertools.count()
+
+    def cold_then_warm(*_: object) -> None:
+        now[0] += 1.0 if next(calls) >= WARM_UPS else 1000.0
+
+    handle = loaded.model.register_forward_hook(cold_then_warm)
+    try:
+        assert measure_ar(loaded, loaded.plain("Hello"), SETTINGS) == pytest.approx(1.0)
+    finally:
+        handle.remove()
+
+
+def test_a_question_without_an_answer_is_forgotten(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted before its first token, or refused by the template: the next one is the conversation's first."""
+    alternating = copy.copy(loaded.tokenizer)
+    alternating.chat_template = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% elif m.content == 'bad' %}{{ raise_exception('bad word') }}"
+        "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    console = Console(file=io.StringIO(), force_terminal=False, width=100)
+    asked = iter(["Hi", "bad", "Hi", "more", "/quit"])
+    interrupted = iter([True])
+
+    def measured(*arguments: object) -> float:
+        if next(interrupted, False):
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr("jf_cluster.inference.chat.measure_ar", measured)
+    converse(Loaded(loaded.model, alternating, loaded.end_ids), SETTINGS, console, lambda: next(asked))
+    shown = console.file.getvalue()
+    assert shown.count("(interrupted)") == 1 and shown.count("tokens/forward") == 2
+    assert "roles must alternate" not in shown
+    assert "the model's chat template refuses it: bad word" in shown
 
 
 def test_a_conversation_grows_begins_anew_and_ends(loaded: Loaded) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from jf_cluster.jacobi.attention import UnsupportedModelError, branch_attention
+from jf_cluster.jacobi.cache import KeyValueCache
 from jf_cluster.jacobi.decoding import PromptError, generate, stream
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting, NgramPool, Row
 from jf_cluster.jacobi.engine import Batch
@@ -95,6 +99,33 @@ def test_tokens_stream_in_order(qwen2: PreTrainedModel) -> None:
     assert [seen[0], seen[1]] == [g.tokens for g in got]
 
 
+class Calls(TorchDispatchMode):
+    """Names of the operations that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("source", "apart"), [(9, True), (6, True), (4, False), (5, False)])
+def test_accepted_slots_are_copied_in_place(qwen2: PreTrainedModel, source: int, apart: bool) -> None:
+    cache = KeyValueCache(qwen2.config, 2, 12, dtype=torch.float32, device=torch.device("cpu"))
+    tensors = [*cache.keys, *cache.values]
+    for tensor in tensors:
+        tensor.normal_()
+    expected = [tensor.clone() for tensor in tensors]
+    for tensor in expected:
+        tensor[1, :, 3:6] = tensor[1, :, source : source + 3].clone()
+    with Calls() as calls:
+        cache.copy_slots(1, slice(source, source + 3), slice(3, 6))
+    assert all(map(torch.equal, tensors, expected))
+    assert calls.names.count("copy_") == len(tensors) and ("clone" in calls.names) != apart
+
+
 def test_several_end_tokens(qwen2: PreTrainedModel) -> None:
     prompts = random_prompts([6])
     (whole,) = oracle_responses(qwen2, prompts, 30)
@@ -151,6 +182,25 @@ def test_the_cost_of_a_response_adds_up(qwen2: PreTrainedModel) -> None:
         assert g.forwards < g.forwarded_tokens <= 8 * g.forwards
         assert g.reason == ("end" if g.tokens[-1] == END else "length")
         assert g.prefill_seconds > 0 and g.tps == pytest.approx((len(g.tokens) - 1) / g.seconds)
+
+
+def test_the_time_a_reader_takes_between_forwards_is_not_decoding(
+    qwen2: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("jf_cluster.jacobi.engine.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def a_second(*_: object) -> None:
+        now[0] += 1.0
+
+    handle = qwen2.register_forward_hook(a_second)  # decode forwards only: the prefill calls the base model
+    try:
+        for _, made in stream(qwen2, [1, 2, 3], max_new_tokens=20, end_ids=[END], drafting=Drafting("jacobi", 4)):
+            assert made.seconds == made.forwards
+            now[0] += 100.0
+    finally:
+        handle.remove()
+    assert made.tps == made.tpf
 
 
 def test_rows_join_and_leave_while_others_run(qwen2: PreTrainedModel) -> None:

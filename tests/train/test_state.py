@@ -158,3 +158,6 @@ def test_the_record_is_read_back_and_half_a_line_is_not(tmp_path: Path) -> None:
     with path.open("a") as stream:
         stream.write('{"identity": "a", "st')
     assert read_skips(path, "a") == [first] and read_skips(path, "b") == [second]
+    third = replace(first, step=5)
+    record_skip(path, third)
+    assert read_skips(path, "a") == [first, third] and read_skips(path, "b") == [second]
