@@ -1,6 +1,7 @@
 """The plain algorithms, written to be read: one prompt, one block, one forward at a time, no cache, no batching.
 
-They define what everything else must equal token for token in float32, and they are what ``bench/`` compares with.
+They define what everything else must equal token for token in float32: the tests compare with them. The procedures that
+``bench/`` measures against are in ``bench/published.py``.
 """
 
 from __future__ import annotations
