@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jf_cluster.models import tokenizer_hash, tokenizer_of
 from jf_cluster.tiny import pretrain
 
 SHIPPED = Path(pretrain.__file__).parent / "base"
@@ -13,7 +12,9 @@ SHIPPED = Path(pretrain.__file__).parent / "base"
 
 def test_the_shipped_tokenizer_is_made_again_exactly() -> None:
     made = pretrain.build_tokenizer()
+    rules = json.loads(made.backend_tokenizer.to_str())
     shipped = json.loads((SHIPPED / "tokenizer.json").read_text())
+    rules.pop("padding"), shipped.pop("padding")  # left behind by whoever used it last
     assert len(shipped["model"]["vocab"]) == 768
-    assert json.loads(made.backend_tokenizer.to_str())["model"] == shipped["model"], "vocabulary and merges"
-    assert tokenizer_hash(made) == tokenizer_hash(tokenizer_of(str(SHIPPED))), "the rest of its rules, and the template"
+    assert rules == shipped
+    assert made.chat_template == (SHIPPED / "chat_template.jinja").read_text()
