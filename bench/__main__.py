@@ -18,10 +18,10 @@ from pathlib import Path
 from bench.measure import MACHINE
 
 NOT_BENCHMARKS = {
-    *("__init__", "__main__", "ablate", "ablation", "gpu", "many_prompts", "mds", "measure", "published", "simulated"),
-    "tiny_inputs",
+    *("__init__", "__main__", "ablate", "ablation", "end_to_end", "gpu", "many_prompts", "mds", "measure", "published"),
+    *("simulated", "tiny_inputs"),
 }
-"""Parts of benchmarks; the ablation, which takes hours and a directory for its cells; the list for a GPU."""
+"""Parts of benchmarks; what takes long and a directory for its results, the ablation and end to end; a GPU's list."""
 
 NEEDS = {"scale": "ray"}
 """What the environment must have for a benchmark to be run; the machines with GPUs have torch and no Ray."""

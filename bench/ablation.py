@@ -47,6 +47,10 @@ class Recipe:
     """``reused``: the start model's trajectories in every round."""
     responses: Literal["base", "self", "verified"] = "base"
 
+    def __post_init__(self) -> None:
+        if min(self.block_sizes) < 1 or self.window < 0 or not 0 <= self.t_min <= 1:
+            raise ValueError(f"{self}: block sizes must be at least 1, the window at least 0, t_min in [0, 1]")
+
 
 @dataclass(frozen=True)
 class Effort:

@@ -42,14 +42,16 @@ def add_flags(p: argparse.ArgumentParser, defaults: Settings) -> None:
     """A flag for every field of ``defaults``; ``from_flags`` reads them."""
     hints = get_type_hints(type(defaults))
     for f in fields(defaults):  # type: ignore[arg-type]
-        value, hint = getattr(defaults, f.name), hints[f.name]
-        many = isinstance(value, tuple)
+        value, kind = getattr(defaults, f.name), get_origin(hints[f.name])
+        parts = get_args(hints[f.name])
+        many = None if kind is not tuple else "+" if parts[-1] is ... else len(parts)
         p.add_argument(
             f"--{f.name.replace('_', '-')}",
             type=type(value[0] if many else value),
-            nargs="+" if many else None,
-            choices=get_args(hint) if get_origin(hint) is Literal else None,
+            nargs=many,
+            choices=parts if kind is Literal else None,
             default=value,
+            help=f"of {type(defaults).__name__}",
         )
 
 
