@@ -207,9 +207,8 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            sums.append(
-                (loss.consistency_sum.detach(), loss.ar_sum.detach())
-            )  # read at the end: nobody waits for a GPU
+            # Read at the end: until then nobody waits for a GPU.
+            sums.append((loss.consistency_sum.detach(), loss.ar_sum.detach()))
             counts.append((max(loss.consistency_tokens, 1), max(loss.ar_tokens, 1)))
     model.eval()
     return [StepLoss(c.item() / m, ar.item() / n) for (c, ar), (m, n) in zip(sums, counts, strict=True)]

@@ -59,10 +59,11 @@ class Pretraining:
     other_rate: float = 2e-3
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.heads % self.key_value_heads:
-            raise ValueError(f"{self}: the width must be a multiple of the heads, these of the key-value heads")
-        if self.minutes <= 0 or self.pretraining_steps < 0:
-            raise ValueError(f"{self}: minutes must be above 0, or steps be given instead")
+        amounts = [amount for name, amount in asdict(self).items() if name != "pretraining_steps"]
+        if min(amounts) <= 0 or self.pretraining_steps < 0:
+            raise ValueError(f"{self}: all but the steps must be above 0")
+        if self.width % (2 * self.heads) or self.heads % self.key_value_heads:
+            raise ValueError(f"{self}: the width must be an even multiple of the heads, these of the key-value heads")
 
 
 ROUNDS = ablation.Recipe(block_sizes=(16, 32))
@@ -77,7 +78,7 @@ class Conduct:
     """How the stages are run, which changes nothing in what is trained."""
 
     workers: int = 2
-    """Processes that make the pretraining's batches: one makes 0.7 million tokens a second, a GPU wants about 0.3."""
+    """Processes that make the pretraining batches: one makes half a million tokens a second, about what a GPU takes."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints of the pretraining."""
     backend: Backend = "auto"
@@ -178,6 +179,7 @@ def force(run: Run, number: int) -> None:
     )  # fmt: skip
     del base, newest, tracer
     collected = time.perf_counter()
+    logger.info("round %d: trajectories of %d prompts collected in %.0f s", number, len(rows), collected - begun)
     model = run.load(number - 1, torch.float32)
     losses = ablation.train(model, rows, block_size, recipe, effort, number, bf16=run.bf16, backend=run.conduct.backend)
     made = {
@@ -216,11 +218,12 @@ def evaluate(run: Run, number: int) -> None:
 
 def table(measured: Sequence[Mapping[str, Any]]) -> str:
     """The rounds as Markdown, the base as round 0."""
-    columns = {"accuracy": ("accuracy", ".1%"), "accelerator": ("accelerator", "")}
+    columns = {"accuracy": ("accuracy", ".1%")}
     columns |= {f"TPF {side}": (f"tpf_{side}", ".2f") for side in OURS}
     columns |= {f"TPS {side}": (f"median_tokens_per_s_{side}", ".0f") for side in SIDES}
     columns |= {f"speed-up {side}": (f"ratio_speedup_{side}_vs_ar", ".2f") for side in OURS}
     columns |= {f"differing {side}": (f"share_differing_{side}", ".1%") for side in OURS}
+    columns |= {"accelerator": ("accelerator", "")}
     rows = [["round", *columns], ["---"] * (1 + len(columns))]
     rows += [[str(n), *(format(m[key], shape) for key, shape in columns.values())] for n, m in enumerate(measured)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -142,8 +142,10 @@ def test_it_needs_neither_ray_nor_deepspeed_nor_mlflow_and_decodes_in_bfloat16(t
     ("wrong", "message"),
     [
         ("--heads 5", "multiple of the heads"),
+        ("--heads 32", "multiple of the heads"),
         ("--key-value-heads 3", "multiple of the heads"),
-        ("--minutes -1", "minutes must be above 0"),
+        ("--heads 0", "all but the steps must be above 0"),
+        ("--minutes -1", "all but the steps must be above 0"),
         ("--events 5 4", "ascending pair"),
         ("--events 5", "expected 2 arguments"),
         ("--block-sizes 4 0", "block sizes must be at least 1"),
