@@ -21,10 +21,10 @@ from bench.measure import MACHINE
 from bench.quotes import figures_of, requoted
 
 NOT_BENCHMARKS = {
-    *("__init__", "__main__", "ablate", "ablation", "gpu", "many_prompts", "mds", "measure", "published", "simulated"),
-    *("quotes", "tiny_inputs"),
+    *("__init__", "__main__", "ablate", "ablation", "end_to_end", "gpu", "many_prompts", "mds", "measure", "published"),
+    *("quotes", "simulated", "tiny_inputs"),
 }
-"""Parts of benchmarks; the ablation, which takes hours and a directory for its cells; the list for a GPU."""
+"""Parts of benchmarks; what takes long and a directory for its results, the ablation and end to end; a GPU's list."""
 BENCHMARKS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_BENCHMARKS)
 
 NEEDS = {"scale": "ray"}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import mean
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from bench import tiny_inputs
 from bench.ablation import Effort, Outcome, Recipe, evaluate, run_cell
-from bench.measure import use_threads
+from bench.measure import add_flags, from_flags, use_threads
 
 DEFAULT = Recipe()
 VARIANTS: dict[str, dict[str, Recipe]] = {
@@ -45,8 +45,8 @@ VARIANTS: dict[str, dict[str, Recipe]] = {
 }
 
 
-class DirectoryOfAnotherAblationError(ValueError):
-    """Cells made with another effort or start lie there; mixing them would make the table wrong."""
+class DirectoryOfAnotherRunError(ValueError):
+    """What was made with other settings lies there; mixing it would make the results wrong."""
 
 
 def cell_name(recipe: Recipe, seed: int) -> str:
@@ -77,19 +77,19 @@ def read_outcome(path: Path) -> Outcome:
     return Outcome(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
 
 
-def open_directory(directory: Path, effort: Effort, start: str) -> Path:
-    """The cells' directory, with the effort they are made with noted in it.
+def open_directory(directory: Path, settings: Mapping[str, Any]) -> Path:
+    """A directory for results, with the settings they are made with noted in it.
 
     Raises:
-        DirectoryOfAnotherAblationError: it was begun with another effort or start.
+        DirectoryOfAnotherRunError: it was begun with other settings.
     """
     directory.mkdir(parents=True, exist_ok=True)
     note = directory / "effort.json"
-    mine = {**asdict(effort), "start": Path(start).name}
+    mine = json.loads(json.dumps(settings))
     if not note.exists():
         write_json(note, mine)
     elif (there := json.loads(note.read_text())) != mine:
-        raise DirectoryOfAnotherAblationError(f"{directory} holds cells made with {there}, not {mine}: name another")
+        raise DirectoryOfAnotherRunError(f"{directory} holds what was made with {there}, not {mine}: name another")
     return directory
 
 
@@ -153,12 +153,11 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--only", help="run only cells whose name contains this")
     p.add_argument("--at-most", type=int, help="run at most so many cells now")
-    for f in fields(Effort):
-        p.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default)
+    add_flags(p, Effort())
     args = p.parse_args()
     use_threads(args.threads)
-    effort = Effort(**{f.name: getattr(args, f.name) for f in fields(Effort)})
-    cells = open_directory(args.cells, effort, args.start)
+    effort = from_flags(args, Effort())
+    cells = open_directory(args.cells, {**asdict(effort), "start": Path(args.start).name})
     model, start = (tiny_inputs.load(path, "cpu") for path in (args.model, args.start))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     start_path = cells / "start.json"

@@ -10,14 +10,17 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from statistics import mean
 from typing import Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from jf_cluster.jacobi.attention import branch_attention
+from bench.decode import tpf
+from bench.tiny_inputs import encode
+from jf_cluster.jacobi.attention import Backend, branch_attention
 from jf_cluster.jacobi.decoding import generate
 from jf_cluster.jacobi.drafts import Drafting
 from jf_cluster.jacobi.loss import forcing_loss
@@ -26,7 +29,7 @@ from jf_cluster.jacobi.responses import Response, generate_responses
 from jf_cluster.jacobi.samples import Noise, build_sample
 from jf_cluster.jacobi.sampling import IntArray, prompt_key
 from jf_cluster.jacobi.trajectories import trace
-from jf_cluster.tiny.problems import Problem, parse_answer, problem
+from jf_cluster.tiny.problems import EMBEDDED, Difficulty, Problem, parse_answer, problem
 from trajectory_store import Trajectory
 
 
@@ -44,6 +47,10 @@ class Recipe:
     """``reused``: the start model's trajectories in every round."""
     responses: Literal["base", "self", "verified"] = "base"
 
+    def __post_init__(self) -> None:
+        if min(self.block_sizes) < 1 or self.window < 0 or not 0 <= self.t_min <= 1:
+            raise ValueError(f"{self}: block sizes must be at least 1, the window at least 0, t_min in [0, 1]")
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -59,6 +66,10 @@ class Effort:
     held_out: int = 240
     max_new_tokens: int = 192
     decoding_block: int = 16
+
+    def __post_init__(self) -> None:
+        if min(astuple(self)) <= 0:
+            raise ValueError(f"{self}: every one of these must be above 0")
 
 
 @dataclass(frozen=True)
@@ -87,27 +98,52 @@ def run_cell(
     model = copy.deepcopy(start)
     found, consistency = [], math.nan
     for number, block_size in enumerate(recipe.block_sizes, start=1):
-        chosen = [problem("train", seed, number * 10_000_000 + i) for i in range(effort.prompts)]
-        keys = [prompt_key(seed, number, str(i)) for i in range(effort.prompts)]
-        prompts = [encode(tokenizer, p) for p in chosen]
-        responses = write_responses(base, model, tokenizer, chosen, prompts, recipe, effort)
         tracer = start if recipe.trajectories == "reused" else model
-        traces = trace(tracer, prompts, [r.tokens for r in responses], block_size=block_size, keys=keys)
-        rows = [
-            Trajectory(str(i), p.astype(np.int32), r.tokens, r.finished, t.iterations, t.accepted, t.tails)
-            for i, (p, r, t) in enumerate(zip(prompts, responses, traces, strict=True))
-        ]
-        noise = Noise(recipe.schedule, recipe.t_min, 1.0, recipe.window)
-        consistency = train(model, rows, block_size, noise, recipe.ar_weight, effort, seed * 100 + number)
+        rows = collect(base, model, tracer, tokenizer, number, recipe, effort, seed)
+        losses = train(model, rows, block_size, recipe, effort, seed * 100 + number)
+        consistency = mean(step.consistency for step in losses[-max(1, effort.steps // 10) :])
         found.append(evaluate(model, tokenizer, effort))
     speeds, accuracies = zip(*found, strict=True)
     return Outcome(speeds[-1], accuracies[-1], consistency, speeds, accuracies, time.process_time() - begun)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, p: Problem) -> IntArray:
-    message = [{"role": "user", "content": p.question}]
-    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+def collect(
+    base: PreTrainedModel,
+    model: PreTrainedModel,
+    tracer: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    number: int,
+    recipe: Recipe,
+    effort: Effort,
+    seed: int,
+    *,
+    difficulty: Difficulty = EMBEDDED,
+    forward_tokens: int = 2048,
+) -> list[Trajectory]:
+    """The trajectories of round ``number``, of ``tracer`` towards what ``base`` or ``model`` wrote."""
+    chosen = [problem("train", seed, number * 10_000_000 + i, difficulty) for i in range(effort.prompts)]
+    keys = [prompt_key(seed, number, str(i)) for i in range(effort.prompts)]
+    prompts = [encode(tokenizer, p) for p in chosen]
+    responses: list[Response] = []
+    for first in range(0, effort.prompts, TOGETHER):
+        part = slice(first, first + TOGETHER)
+        responses += write_responses(base, model, tokenizer, chosen[part], prompts[part], recipe, effort)
+    traces = trace(
+        tracer,
+        prompts,
+        [r.tokens for r in responses],
+        block_size=recipe.block_sizes[number - 1],
+        keys=keys,
+        forward_tokens=forward_tokens,
+    )
+    return [
+        Trajectory(str(i), p.astype(np.int32), r.tokens, r.finished, t.iterations, t.accepted, t.tails)
+        for i, (p, r, t) in enumerate(zip(prompts, responses, traces, strict=True))
+    ]
+
+
+TOGETHER = 1024
+"""Prompts answered in one batch: some gigabytes of keys and values for a model of 100 million parameters."""
 
 
 def write_responses(
@@ -135,33 +171,47 @@ def write_responses(
     return responses
 
 
+@dataclass(frozen=True)
+class StepLoss:
+    """Means of one step, nats a token."""
+
+    consistency: float
+    ar: float
+
+
 def train(
     model: PreTrainedModel,
     rows: Sequence[Trajectory],
     block_size: int,
-    noise: Noise,
-    ar_weight: float,
+    recipe: Recipe,
     effort: Effort,
     seed: int,
-) -> float:
-    """Train in place; gives the consistency loss at the end."""
+    *,
+    bf16: bool = False,
+    backend: Backend = "auto",
+) -> list[StepLoss]:
+    """Train in place, with ``bf16`` under autocast; gives every step's losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=effort.learning_rate, weight_decay=0.0)
+    noise = Noise(recipe.schedule, recipe.t_min, 1.0, recipe.window)
     warmup = max(1, effort.steps // 10)
-    late = []
+    sums, counts = [], []
     model.train()
-    with branch_attention(model):
+    with branch_attention(model, backend):
         for step, batch in zip(range(effort.steps), batches(rows, block_size, noise, effort, seed), strict=False):
             part = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, effort.steps - warmup)))
             optimizer.param_groups[0]["lr"] = effort.learning_rate * min(1.0, (step + 1) / warmup) * part
-            loss = forcing_loss(model, batch)
-            loss.total(ar_weight).backward()
+            # Left after every forward: autocast keeps the weights it has cast, and these change with the step.
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                loss = forcing_loss(model, batch.to(model.device))
+            loss.total(recipe.ar_weight).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if step >= effort.steps - max(1, effort.steps // 10):
-                late.append(loss.consistency_sum.item() / max(loss.consistency_tokens, 1))
+            # Read at the end: until then nobody waits for a GPU.
+            sums.append((loss.consistency_sum.detach(), loss.ar_sum.detach()))
+            counts.append((max(loss.consistency_tokens, 1), max(loss.ar_tokens, 1)))
     model.eval()
-    return sum(late) / len(late)
+    return [StepLoss(c.item() / m, ar.item() / n) for (c, ar), (m, n) in zip(sums, counts, strict=True)]
 
 
 def batches(
@@ -176,9 +226,11 @@ def batches(
             yield collate([samples[j] for j in bins[i]])
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, effort: Effort) -> tuple[float, float]:
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, effort: Effort, difficulty: Difficulty = EMBEDDED
+) -> tuple[float, float]:
     """``(TPF, accuracy)`` on held-out problems, decoded block after block; TPF over all of them together."""
-    chosen = [problem("heldout", 0, i) for i in range(effort.held_out)]
+    chosen = [problem("heldout", 0, i, difficulty) for i in range(effort.held_out)]
     written = generate(
         model,
         [encode(tokenizer, p).tolist() for p in chosen],
@@ -190,5 +242,4 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, effort:
         parse_answer(tokenizer.decode(g.tokens, skip_special_tokens=True)) == p.answer
         for g, p in zip(written, chosen, strict=True)
     )
-    forwards = sum(g.forwards for g in written)
-    return sum(len(g.tokens) - 1 for g in written) / max(forwards, 1), right / len(chosen)
+    return tpf(written), right / len(chosen)

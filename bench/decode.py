@@ -12,19 +12,50 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from bench import tiny_inputs
-from bench.measure import parser, report, use_threads
+from bench.measure import parser, ratio, report, use_threads
 from jf_cluster.jacobi.decoding import Generation, generate
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
+from jf_cluster.jacobi.sampling import IntArray
 
 Decode = Callable[[list[int]], tuple[int, float]]
 """Decodes one prompt; gives the tokens it wrote after the first and the seconds they took."""
+
+
+def ours(
+    model: PreTrainedModel, drafting: Drafting, *, max_new_tokens: int, end: int, made: list[Generation]
+) -> Decode:
+    """Decoding with our loop; what it writes is added to ``made``."""
+
+    def decode(prompt: list[int]) -> tuple[int, float]:
+        (g,) = generate(model, [prompt], max_new_tokens=max_new_tokens, end_ids=[end], drafting=drafting)
+        made.append(g)
+        return len(g.tokens) - 1, g.seconds
+
+    return decode
+
+
+def tokens_per_s(sides: Mapping[str, Decode], prompts: Sequence[IntArray], repeats: int) -> dict[str, list[float]]:
+    """Every side's speed on every prompt, on which they take turns; the first time through all is not counted."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for prompt in prompts:
+            found = {name: decode(prompt.tolist()) for name, decode in sides.items()}
+            if turn and all(tokens > 0 for tokens, _ in found.values()):
+                for name, (tokens, seconds) in found.items():
+                    rates[name].append(tokens / seconds)
+    return rates
+
+
+def tpf(made: Sequence[Generation]) -> float:
+    """Tokens per forward over all of them together."""
+    return sum(len(g.tokens) - 1 for g in made) / max(sum(g.forwards for g in made), 1)
 
 
 @torch.inference_mode()
@@ -74,15 +105,11 @@ def main() -> None:
     use_threads(args.threads)
     model = tiny_inputs.load(args.model, args.device)
     prompts, end = tiny_inputs.prompts(args.model, args.prompts)
-    made: dict[str, list[Generation]] = {}
-
-    def ours(name: str, drafting: Drafting) -> Decode:
-        def decode(prompt: list[int]) -> tuple[int, float]:
-            (g,) = generate(model, [prompt], max_new_tokens=args.max_new_tokens, end_ids=[end], drafting=drafting)
-            made.setdefault(name, []).append(g)
-            return len(g.tokens) - 1, g.seconds
-
-        return decode
+    draftings = {"ar": AUTOREGRESSIVE}
+    for n in args.block_sizes:
+        draftings[f"jacobi_{n}"] = Drafting("jacobi", n)
+        draftings[f"multiblock_{n}"] = Drafting("multiblock", n, blocks=args.blocks, pool=args.pool)
+    made: dict[str, list[Generation]] = {name: [] for name in draftings}
 
     def theirs(**options: int) -> Decode:
         def decode(prompt: list[int]) -> tuple[int, float]:
@@ -107,27 +134,14 @@ def main() -> None:
 
         return decode
 
-    sides: dict[str, Decode] = {"ar": ours("ar", AUTOREGRESSIVE)}
-    for n in args.block_sizes:
-        sides[f"jacobi_{n}"] = ours(f"jacobi_{n}", Drafting("jacobi", n))
-        name = f"multiblock_{n}"
-        sides[name] = ours(name, Drafting("multiblock", n, blocks=args.blocks, pool=args.pool))
-    sides["hf_generate"] = theirs()
-    sides["hf_prompt_lookup"] = theirs(prompt_lookup_num_tokens=10)
-
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(args.repeats + 1):
-        for prompt in prompts:
-            for name, decode in sides.items():
-                tokens, seconds = decode(prompt.tolist())
-                if turn and tokens > 0:
-                    rates[name].append(tokens / seconds)
+    options = {"max_new_tokens": args.max_new_tokens, "end": end}
+    sides = {name: ours(model, drafting, made=made[name], **options) for name, drafting in draftings.items()}
+    sides |= {"hf_generate": theirs(), "hf_prompt_lookup": theirs(prompt_lookup_num_tokens=10)}
+    rates = tokens_per_s(sides, prompts, args.repeats)
+    tpfs = {name: tpf(generations) for name, generations in made.items()}
 
     def speed(name: str, against: str) -> float:
-        return statistics.median(a / b for a, b in zip(rates[name], rates[against], strict=True))
-
-    def tpf(name: str) -> float:
-        return sum(len(g.tokens) - 1 for g in made[name]) / max(sum(g.forwards for g in made[name]), 1)
+        return ratio(rates[name], rates[against])
 
     jacobi = [n for n in sides if n.startswith("jacobi")]
     multiblock = [n for n in sides if n.startswith("multiblock")]
@@ -139,10 +153,10 @@ def main() -> None:
     bare = bare_forward_s(model, int(length), n)
     figures: dict[str, float | int | str] = {
         "ratio_speedup_vs_ar": speed(best, "ar"),
-        "ratio_conversion": speed(best, "ar") / tpf(best),
+        "ratio_conversion": speed(best, "ar") / tpfs[best],
         "ratio_forward_overhead": forward / bare,
         "ratio_bare_draft_vs_bare_one": bare / bare_forward_s(model, int(length), 1),
-        "ratio_multiblock_tpf_vs_jacobi": max(tpf(m) / tpf(m.replace("multiblock", "jacobi")) for m in multiblock),
+        "ratio_multiblock_tpf_vs_jacobi": max(tpfs[m] / tpfs[m.replace("multiblock", "jacobi")] for m in multiblock),
         "ratio_tps_vs_hf_generate": speed(best, "hf_generate"),
         "ratio_tps_vs_hf_prompt_lookup": speed(best, "hf_prompt_lookup"),
         "ratio_ar_vs_hf_generate": speed("ar", "hf_generate"),
@@ -156,15 +170,15 @@ def main() -> None:
     for name in sides:
         figures[f"speedup_{name}"] = speed(name, "ar")
         if name in made:
-            figures[f"tpf_{name}"] = tpf(name)
-            figures[f"conversion_{name}"] = speed(name, "ar") / tpf(name)
+            figures[f"tpf_{name}"] = tpfs[name]
+            figures[f"conversion_{name}"] = speed(name, "ar") / tpfs[name]
     if args.low_dtype != "none" and args.model not in tiny_inputs.SHAPES:
         model.to(getattr(torch, args.low_dtype))
         batch = [prompt.tolist() for prompt in tiny_inputs.prompts(args.model, args.low_prompts)[0]]
-        options = {"max_new_tokens": args.max_new_tokens, "end_ids": [end]}
-        low = [g.tokens for g in generate(model, batch, drafting=AUTOREGRESSIVE, **options)]
+        together = {"max_new_tokens": args.max_new_tokens, "end_ids": [end]}
+        low = [g.tokens for g in generate(model, batch, drafting=AUTOREGRESSIVE, **together)]
         for mode in ("jacobi", "multiblock"):
-            other = generate(model, batch, drafting=Drafting(mode, n, pool=args.pool), **options)  # type: ignore[arg-type]
+            other = generate(model, batch, drafting=Drafting(mode, n, pool=args.pool), **together)  # type: ignore[arg-type]
             differing = sum(g.tokens != tokens for g, tokens in zip(other, low, strict=True))
             figures[f"share_differing_{args.low_dtype}_{mode}"] = differing / len(low)
     figures["median_tokens_per_s_ar"] = statistics.median(rates["ar"])

@@ -1,7 +1,9 @@
 """``python -m bench.gpu``: everything that claims a GPU, on one, in under nine minutes; the figures as one JSON file.
 
 Needs torch, transformers and pyarrow only. Decoding and collecting take random weights at Qwen2.5's shapes, as shapes
-decide the time. A benchmark that fails or runs out of time is named and the others go on.
+decide the time. A benchmark that fails or runs out of time is named and the others go on. What trains a model on the
+GPU and then has it decode is a command of its own, ``python -m bench.end_to_end``: about 20 minutes, in as many calls
+as one likes.
 """
 
 from __future__ import annotations

@@ -16,12 +16,16 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
 Value = float | int | str
+
+Settings = TypeVar("Settings")
+"""A frozen dataclass whose fields are numbers, words or tuples of them."""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -32,6 +36,29 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=1, help="torch threads")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return p
+
+
+def add_flags(p: argparse.ArgumentParser, defaults: Settings) -> None:
+    """A flag for every field of ``defaults``; ``from_flags`` reads them."""
+    hints = get_type_hints(type(defaults))
+    for f in fields(defaults):  # type: ignore[arg-type]
+        value, kind = getattr(defaults, f.name), get_origin(hints[f.name])
+        parts = get_args(hints[f.name])
+        many = None if kind is not tuple else "+" if parts[-1] is ... else len(parts)
+        p.add_argument(
+            f"--{f.name.replace('_', '-')}",
+            type=type(value[0] if many else value),
+            nargs=many,
+            choices=parts if kind is Literal else None,
+            default=value,
+            help=f"of {type(defaults).__name__}",
+        )
+
+
+def from_flags(args: argparse.Namespace, defaults: Settings) -> Settings:
+    """``defaults`` with what was given on the command line."""
+    given = {f.name: getattr(args, f.name) for f in fields(defaults)}  # type: ignore[arg-type]
+    return replace(defaults, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})  # type: ignore[type-var]
 
 
 def use_threads(threads: int) -> None:

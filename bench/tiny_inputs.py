@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
 from jf_cluster.jacobi.sampling import IntArray
-from jf_cluster.tiny.problems import problem
+from jf_cluster.tiny.problems import Problem, problem
 
 TINY = Path(__file__).parent.parent / "jf_cluster" / "tiny" / "base"
 
@@ -36,10 +36,10 @@ def trained() -> str:
     return str(max(RUN.glob("round-[0-9][0-9][0-9]"), default=default_model()))
 
 
-def load(path: str | Path, device: str) -> PreTrainedModel:
-    """A model ready to decode: a directory's in float32, or one of SHAPES."""
+def load(path: str | Path, device: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model ready to decode: a directory's in ``dtype``, or one of SHAPES."""
     if str(path) not in SHAPES:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
     hidden, inner, layers, heads, groups, vocabulary = SHAPES[str(path)]
     config = Qwen2Config(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
@@ -58,9 +58,11 @@ def prompts(path: str | Path, count: int) -> tuple[list[IntArray], int]:
         end = SHAPES[str(path)][-1] - 1  # the chance that random weights choose it is nil
         return [random.integers(0, end, SHAPE_PROMPT_TOKENS) for _ in range(count)], end
     tokenizer = AutoTokenizer.from_pretrained(path)
-    rows = []
-    for index in range(count):
-        message = [{"role": "user", "content": problem("heldout", 0, index).question}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        rows.append(np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64))
-    return rows, tokenizer.eos_token_id
+    return [encode(tokenizer, problem("heldout", 0, index)) for index in range(count)], tokenizer.eos_token_id
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, p: Problem) -> IntArray:
+    """Token ids a model is prompted with."""
+    message = [{"role": "user", "content": p.question}]
+    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)

@@ -218,6 +218,8 @@ def _interface(
             return attend_tails(layer, query, key, value, layout, scaling), None
         if layout is None:
             raise ValueError("a model under branch_attention must be called with layout=")
+        # Under autocast rotary embeddings leave queries and keys in float32; kernels take one type.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         return backend(query, key, value, layout, scaling).transpose(0, 1)[None], None
 
     return attention

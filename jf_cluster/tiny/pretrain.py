@@ -9,19 +9,25 @@ are measured after that rounding, so the accuracy printed is the shipped model's
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from jf_cluster.tiny.problems import parse_answer, problem, problems
+from jf_cluster.tiny.problems import EMBEDDED, Difficulty, parse_answer, problem, problems
+from jf_cluster.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +71,25 @@ def build_tokenizer(vocab_size: int = 768, examples: int = 20_000) -> PreTrained
     return fast
 
 
-def build_model(vocab_size: int, hidden_size: int = 192, layers: int = 6, seed: int = 0) -> Qwen2ForCausalLM:
-    """Give a freshly initialised Qwen2-architecture model of a few million parameters."""
+def build_model(
+    vocab_size: int,
+    hidden_size: int = 192,
+    layers: int = 6,
+    seed: int = 0,
+    *,
+    intermediate_size: int = 512,
+    heads: int = 6,
+    key_value_heads: int = 2,
+) -> Qwen2ForCausalLM:
+    """Give a freshly initialised Qwen2-architecture model, by default of a few million parameters."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=512,
+        intermediate_size=intermediate_size,
         num_hidden_layers=layers,
-        num_attention_heads=6,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
         tie_word_embeddings=True,
         max_position_embeddings=2048,
         bos_token_id=None,
@@ -89,34 +104,60 @@ def encode(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
     return tokenizer.encode(f"{USER}{question}{ASSISTANT}", add_special_tokens=False)
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, tokens_per_batch: int, start: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield ``(input_ids[B, T], labels[B, T])`` int64 without end; problems of similar length share a batch."""
-    source, rng, pool_size = problems("train", seed, start), random.Random(seed), 2048
-    while True:
+Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""``(input_ids[B, T], labels[B, T])``."""
+
+POOL_PROBLEMS = 2048
+
+
+class Pools(Dataset[list[Batch]]):
+    """Batches by pools of problems: those of similar length share a batch, and a pool's batches ascend by length.
+
+    A pool is a function of its number, so that any process may make it. Its batches are arrays, since tensors that
+    change processes take two file descriptors a batch. What is left over in the end, a pool's longest problems, is a
+    smaller batch where ``rest`` says so; the shipped base was trained without.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        seed: int,
+        tokens_per_batch: int,
+        difficulty: Difficulty = EMBEDDED,
+        rest: bool = False,
+    ) -> None:
+        self.tokenizer, self.seed, self.tokens_per_batch = tokenizer, seed, tokens_per_batch
+        self.difficulty, self.rest, self.size = difficulty, rest, POOL_PROBLEMS
+
+    def __getitem__(self, number: int) -> list[Batch]:
         pool = []
-        for p in itertools.islice(source, pool_size):
-            prompt = encode(tokenizer, p.question)
-            response = [*tokenizer.encode(p.solution, add_special_tokens=False), tokenizer.eos_token_id]
+        for index in range(number * self.size, (number + 1) * self.size):
+            p = problem("train", self.seed, index, self.difficulty)
+            prompt = encode(self.tokenizer, p.question)
+            response = [*self.tokenizer.encode(p.solution, add_special_tokens=False), self.tokenizer.eos_token_id]
             pool.append((prompt, response))
         pool.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         groups, group, width = [], [], 0
         for pair in pool:
             width = max(width, len(pair[0]) + len(pair[1]))
-            if group and width * (len(group) + 1) > tokens_per_batch:
+            if group and width * (len(group) + 1) > self.tokens_per_batch:
                 groups.append(group)
                 group, width = [], len(pair[0]) + len(pair[1])
             group.append(pair)
-        rng.shuffle(groups)
-        for group in groups:
-            width = max(len(p) + len(r) for p, r in group)
-            ids = torch.full((len(group), width), tokenizer.pad_token_id)
-            labels = torch.full((len(group), width), -100)
-            for row, (p, r) in enumerate(group):
-                ids[row, : len(p) + len(r)] = torch.tensor(p + r)
-                labels[row, len(p) : len(p) + len(r)] = torch.tensor(r)
-            yield ids, labels
+        return [self._batch(g) for g in ([*groups, group] if self.rest else groups)]
+
+    def _batch(self, group: list[tuple[list[int], list[int]]]) -> Batch:
+        width = max(len(p) + len(r) for p, r in group)
+        ids = np.full((len(group), width), self.tokenizer.pad_token_id)
+        labels = np.full((len(group), width), -100)
+        for row, (p, r) in enumerate(group):
+            ids[row, : len(p) + len(r)] = p + r
+            labels[row, len(p) : len(p) + len(r)] = r
+        return ids, labels
+
+    def after(self, number: int, workers: int = 0) -> Iterable[list[Batch]]:
+        """Pools without end from ``number`` on in their order, made by so many processes, or in this one."""
+        return DataLoader(self, None, sampler=itertools.count(number), num_workers=workers, collate_fn=list)
 
 
 @torch.inference_mode()
@@ -138,39 +179,104 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, count:
     return right / count
 
 
-def train(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    steps: int,
-    matrix_rate: float,
-    other_rate: float,
-    tokens_per_step: int,
-    seed: int,
-) -> None:
-    """Train for one cycle: warm-up, a constant rate, a linear fall to zero over the last 40% of it."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, (s + 1) / 50, (steps - s) / (0.4 * steps)))
-        for o in optimizers
-    ]
-    begun = time.monotonic()
-    for step, (ids, labels) in enumerate(itertools.islice(batches(tokenizer, seed, tokens_per_step), steps)):
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+LOG_STEPS = 50
+
+
+class Cycle:
+    """One training cycle: a warm-up, a constant rate, a linear fall to zero over the last 40% of it.
+
+    With ``bf16`` the forward computes in bfloat16 where that is safe (autocast); weights stay in the model's type.
+    """
+
+    def __init__(
+        self, model: Qwen2ForCausalLM, pools: Pools, *, matrix_rate: float, other_rate: float, bf16: bool = False
+    ) -> None:
+        self.model, self.pools, self.bf16 = model, pools, bf16
+        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in chosen]
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01, momentum=0.95), matrix_rate),
+            (torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.98), weight_decay=0.0), other_rate),
+        ]
+        self.random = random.Random(pools.seed)
+        self.step, self.tokens, self.seconds, self.next_pool = 0, 0, 0.0, 0
+        self.losses: list[tuple[int, float, float]] = []
+        """Step, seconds and loss, once every ``LOG_STEPS`` steps."""
+
+    def run(
+        self,
+        length: float,
+        unit: Literal["steps", "seconds"] = "steps",
+        *,
+        workers: int = 0,
+        checkpoint: Path | None = None,
+        checkpoint_s: float = 60.0,
+    ) -> None:
+        """Train until the cycle is ``length`` long: seconds where it is not known what a machine manages in them.
+
+        ``workers`` processes make the batches. From ``checkpoint`` the cycle goes on where that file exists, and it is
+        written when a pool is used up and ``checkpoint_s`` seconds have passed.
+        """
+        if checkpoint is not None and checkpoint.exists():
+            self._load(checkpoint)
+        kept = time.monotonic()
+        begun = kept - self.seconds
+        for pool in self.pools.after(self.next_pool, workers):
+            self.random.shuffle(pool)
+            for batch in pool:
+                self.seconds = time.monotonic() - begun
+                done = self.step if unit == "steps" else self.seconds
+                if done >= length:
+                    return
+                loss = self._train(batch, min(1.0, (self.step + 1) / 50, (length - done) / (0.4 * length)))
+                if self.step % LOG_STEPS == 0:
+                    self.losses.append((self.step, self.seconds, loss.item()))
+                    logger.info("step %d, %.0f s: loss %.4f", *self.losses[-1])
+                self.step += 1
+            self.next_pool += 1
+            if checkpoint is not None and time.monotonic() - kept >= checkpoint_s:
+                self.seconds = time.monotonic() - begun
+                self._keep(checkpoint)
+                kept = time.monotonic()
+
+    def _train(self, batch: Batch, part: float) -> torch.Tensor:
+        """Make one step at this part of the full rates; give its loss."""
+        ids, labels = (torch.from_numpy(array).to(self.model.device) for array in batch)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o, s in zip(optimizers, schedulers, strict=True):
-            o.step()
-            s.step()
-            o.zero_grad(set_to_none=True)
-        if step % 50 == 0:
-            logger.info("step %d of %d: loss %.4f, %.0f s", step, steps, loss.item(), time.monotonic() - begun)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, rate in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * part
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.tokens += ids.numel()
+        return loss
+
+    def _keep(self, path: Path) -> None:
+        whole = io.BytesIO()
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+                "random": self.random.getstate(),
+                "counts": (self.step, self.tokens, self.seconds, self.next_pool),
+                "losses": self.losses,
+            },
+            whole,
+        )
+        write_whole(path, whole.getvalue())
+
+    def _load(self, path: Path) -> None:
+        kept = torch.load(path, map_location=self.model.device, weights_only=True)
+        self.model.load_state_dict(kept["model"])
+        for (optimizer, _), state in zip(self.optimizers, kept["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.random.setstate(kept["random"])
+        self.step, self.tokens, self.seconds, self.next_pool = kept["counts"]
+        self.losses = kept["losses"]
 
 
 def main() -> None:
@@ -202,15 +308,8 @@ def main() -> None:
     for cycle in cycles:
         steps, matrix_rate, other_rate, seed = cycle.split(":")
         model.train()
-        train(
-            model,
-            tokenizer,
-            steps=int(steps),
-            matrix_rate=float(matrix_rate),
-            other_rate=float(other_rate),
-            tokens_per_step=args.tokens_per_step,
-            seed=int(seed),
-        )
+        pools = Pools(tokenizer, int(seed), args.tokens_per_step)
+        Cycle(model, pools, matrix_rate=float(matrix_rate), other_rate=float(other_rate)).run(int(steps))
         logger.info("cycle %s: held-out accuracy %.3f of 200", cycle, accuracy(model, tokenizer, 200))
         model.save_pretrained(args.output)
         tokenizer.save_pretrained(args.output)

@@ -1,6 +1,7 @@
 """Arithmetic word problems: an endless generator of questions, worked solutions and exact answers.
 
-A problem tells how somebody's collection grows and shrinks over two to four events and ends with a question.
+A problem tells how somebody's collection grows and shrinks over some events and ends with a question; how many
+events and how large the numbers become is its difficulty.
 The solution carries each intermediate result into the next step and copies names, objects and places from the
 question, so a model has to read, remember and calculate; the wording of a solution is a function of the question.
 
@@ -22,9 +23,6 @@ Split = Literal["train", "heldout"]
 HELD_OUT_BYTES = 16
 """Of 256 values of the digest's first byte, this many mark a question as held out."""
 
-MAX_TOTAL = 120
-"""The largest running total a problem may reach."""
-
 NAMES = (
     "Ada Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kira Leo Mia Noah Olga Paul Rosa Sam Tara Umar Vera Will Xena Yuri Zoe "
     "Anna Boris Clara David Emma Felix Grace Henry Ivan Julia Kofi Lena Marco Nina Omar Petra Quinn Ravi Sofia Tom Uma Victor "
@@ -40,6 +38,31 @@ PLACES = "park beach market school station garden library river forest museum ha
 
 
 @dataclass(frozen=True)
+class Difficulty:
+    """What makes a problem harder to answer."""
+
+    events: tuple[int, int] = (2, 4)
+    """Fewest and most events between the opening and the closing question."""
+    max_total: int = 120
+    """The largest running total; a collection starts with, gains by a find or gift, and is sold at up to half of it."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.events[0] <= self.events[1] or self.max_total < 20:
+            raise ValueError(f"{self}: events must be an ascending pair from 1 on, max_total at least 20")
+
+    @property
+    def half(self) -> int:
+        return self.max_total // 2
+
+
+EMBEDDED = Difficulty()
+"""What the shipped base was trained on."""
+
+HARD = Difficulty(events=(4, 8), max_total=999)
+"""For a larger model: twice the events, and numbers of three digits."""
+
+
+@dataclass(frozen=True)
 class Problem:
     """One word problem: its question, worked solution and exact final answer."""
 
@@ -48,10 +71,10 @@ class Problem:
     answer: int
 
 
-def _draw(rng: random.Random) -> Problem:
+def _draw(rng: random.Random, difficulty: Difficulty) -> Problem:
     name, friend = rng.sample(NAMES, 2)
     colour, things = rng.choice(COLOURS), rng.choice(OBJECTS)
-    total = rng.randint(5, 60)
+    total = rng.randint(5, difficulty.half)
     opening = (
         f"{name} has {total} {colour} {things}.",
         f"At first {name} owns {total} {colour} {things}.",
@@ -59,21 +82,23 @@ def _draw(rng: random.Random) -> Problem:
     )
     question = [rng.choice(opening)]
     solution = [f"{name} starts with {total} {colour} {things}."]
-    for _ in range(rng.randint(2, 4)):
-        asked, told, total = _event(rng, total, name, friend, things)
+    for _ in range(rng.randint(*difficulty.events)):
+        asked, told, total = _event(rng, difficulty, total, name, friend, things)
         question.append(asked)
         solution.append(told)
-    asked, told, total = _ending(rng, total, name, colour, things)
+    asked, told, total = _ending(rng, difficulty, total, name, colour, things)
     question.append(asked)
     solution.append(told)
     return Problem(" ".join(question), " ".join(solution) + f"\n#### {total}", total)
 
 
-def _event(rng: random.Random, total: int, name: str, friend: str, things: str) -> tuple[str, str, int]:
+def _event(
+    rng: random.Random, difficulty: Difficulty, total: int, name: str, friend: str, things: str
+) -> tuple[str, str, int]:
     """Draw one event: its sentence in the question, its step in the solution and the new running total."""
     place = rng.choice(PLACES)
     count, each = rng.randint(2, 9), rng.randint(2, 9)
-    room = MAX_TOTAL - total
+    room = difficulty.max_total - total
     kinds = [
         kind
         for kind, possible in (
@@ -102,7 +127,7 @@ def _event(rng: random.Random, total: int, name: str, friend: str, things: str) 
         asked = f"Then {count} children take {each} {things} each."
         told = f"The {count} children take {count} * {each} = {product} {things}, which leaves {total} - {product} = {total - product}."
         return asked, told, total - product
-    more, less = rng.randint(2, max(2, min(60, room))), rng.randint(2, max(2, total - 1))
+    more, less = rng.randint(2, max(2, min(difficulty.half, room))), rng.randint(2, max(2, total - 1))
     if kind == "find":
         asked = rng.choice((f"{name} finds {more} more at the {place}.", f"At the {place} {name} finds {more} others."))
         return (
@@ -130,12 +155,14 @@ def _event(rng: random.Random, total: int, name: str, friend: str, things: str) 
     return asked, f"Losing {less} near the {place} leaves {total} - {less} = {total - less} {things}.", total - less
 
 
-def _ending(rng: random.Random, total: int, name: str, colour: str, things: str) -> tuple[str, str, int]:
+def _ending(
+    rng: random.Random, difficulty: Difficulty, total: int, name: str, colour: str, things: str
+) -> tuple[str, str, int]:
     """Draw the closing question and the solution's last step."""
     price = rng.randint(2, 5)
     sharers = [k for k in range(2, 7) if total % k == 0]
     kind = rng.choice(("count", "count", "sell", "share"))
-    if kind == "sell" and total <= 60:
+    if kind == "sell" and total <= difficulty.half:
         asked = f"{name} sells all of them for {price} dollars each. How many dollars does {name} get?"
         return (
             asked,
@@ -155,11 +182,11 @@ def split_of(question: str) -> Split:
     return "heldout" if hashlib.sha256(question.encode()).digest()[0] < HELD_OUT_BYTES else "train"
 
 
-def problem(split: Split, seed: int, index: int) -> Problem:
+def problem(split: Split, seed: int, index: int, difficulty: Difficulty = EMBEDDED) -> Problem:
     """Give problem number ``index`` of a split; the same arguments always give the same problem."""
     attempt = 0
     while True:
-        drawn = _draw(random.Random(f"{split}:{seed}:{index}:{attempt}"))
+        drawn = _draw(random.Random(f"{split}:{seed}:{index}:{attempt}"), difficulty)
         if split_of(drawn.question) == split:
             return drawn
         attempt += 1

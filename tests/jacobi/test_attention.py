@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AttentionInterface, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from jf_cluster.jacobi import attention
 from jf_cluster.jacobi.attention import UnsupportedModelError, branch_attention
 from jf_cluster.jacobi.layout import Branch, Forest
 
@@ -93,6 +95,24 @@ def test_backends_equal_the_oracle(model: PreTrainedModel, backend: str, forest:
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     if backend != "flex":
         torch.testing.assert_close(gradient, expected_gradient, atol=1e-3, rtol=1e-3)
+
+
+def test_a_float32_model_under_autocast_gives_kernels_one_type(model: PreTrainedModel) -> None:
+    """Rotary embeddings leave queries and keys in float32, and FlashAttention takes none."""
+    forest, seen = FORESTS[-1], set()
+
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.update((query.dtype, key.dtype, value.dtype))
+        return attention._sdpa(query, key, value, *rest)
+
+    AttentionInterface.register(attention.implementation("spy"), attention._interface(spy))
+    tokens = torch.randint(0, VOCABULARY, (1, forest.total_tokens), generator=torch.Generator().manual_seed(1))
+    expected, _ = run(model, forest, tokens, "dense")
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, _ = run(model, forest, tokens, "spy")
+    assert seen == {torch.bfloat16}
+    # Some roundings to 8 bits, one after the other, in logits of size 10.
+    assert (logits.float() - expected).abs().mean() < 0.2
 
 
 def test_the_models_own_attention_is_back_afterwards(qwen2: PreTrainedModel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from bench import attention, gpu, published, roofline, tiny_inputs
-from bench.ablate import DEFAULT, DirectoryOfAnotherAblationError, cell_name, open_directory, table, wanted, write_json
+from bench.ablate import DEFAULT, DirectoryOfAnotherRunError, cell_name, open_directory, table, wanted, write_json
 from bench.ablation import Effort, Outcome
 from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.loss import forcing_loss
@@ -72,10 +72,10 @@ def test_ablation_cells_have_names_of_their_own_and_fill_the_table(tmp_path: Pat
 
 
 def test_ablations_of_different_effort_are_not_mixed(tmp_path: Path) -> None:
-    open_directory(tmp_path / "cells", Effort(), "some/base")
-    open_directory(tmp_path / "cells", Effort(), "other/base")
-    with pytest.raises(DirectoryOfAnotherAblationError, match="name another"):
-        open_directory(tmp_path / "cells", replace(Effort(), steps=1), "some/base")
+    for _ in range(2):
+        open_directory(tmp_path / "cells", asdict(Effort()))
+    with pytest.raises(DirectoryOfAnotherRunError, match="name another"):
+        open_directory(tmp_path / "cells", asdict(replace(Effort(), steps=1)))
 
 
 def test_the_attention_benchmark_measures_backends_that_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
