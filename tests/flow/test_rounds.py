@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from jf_cluster.collect.prompts import PromptsError
 from jf_cluster.config import Config, ConfigError
 from jf_cluster.evaluate.evaluation import Evaluation, ModeResult, save_evaluation
 from jf_cluster.models import ModelError
 from jf_cluster.preflight import PreflightError, check
 from jf_cluster.report import write_report
 from jf_cluster.rounds import RunBusyError, opened
+from jf_cluster.typed import Typed
 from tests.flow.conftest import small_config
 
 
-def begun(config: Config) -> None:
-    with opened(config):
+def begun(config: Config, typed: Typed | None = None) -> None:
+    with opened(config, typed):
         pass
 
 
@@ -72,9 +74,31 @@ def test_too_little_memory_is_told_with_figures(tmp_path: Path, base_model: Path
         check(small_config(tmp_path, base_model, collect__workers=10**5))
 
 
-def test_round_zero_is_not_trained(config: Config) -> None:
+@pytest.mark.parametrize("stage", ["collect", "train"])
+def test_round_zero_is_the_base(config: Config, stage: str) -> None:
     with opened(config) as rounds, pytest.raises(ConfigError, match="round 0 is the base"):
-        rounds.train(0)
+        getattr(rounds, stage)(0)
+
+
+def test_a_round_whose_way_there_has_too_few_prompts_is_refused_before_anything_starts(
+    tmp_path: Path, base_model: Path
+) -> None:
+    source = tmp_path / "questions.jsonl"
+    source.write_text("\n".join(json.dumps({"question": f"How many is {i} and {i + 1}?"}) for i in range(200)))
+    prompts = {"source": str(source), "per_round": 40, "held_out": 5, "grader": "none"}
+    config = small_config(tmp_path / "runs", base_model, rounds=3, prompts=prompts, evaluate__prompts=5)
+    with pytest.raises(PromptsError, match="collecting up to round 9 needs 360 distinct training prompts"):
+        begun(config, Typed(round=9))
+    assert not (tmp_path / "runs").exists()
+    begun(config, Typed(round=4))
+
+
+def test_what_comes_next_is_said_with_the_settings_in_use(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    Path(config.model_dir(1)).mkdir(parents=True)
+    typed = Typed(Path("mine.yaml"), ("name=small",), round=1)
+    with caplog.at_level("INFO"), opened(config, typed) as rounds:
+        rounds.train(1)
+    assert "model 1 is trained already; next: make evaluate CONFIG=mine.yaml ROUND=1 SET=name=small" in caplog.text
 
 
 def test_the_report_has_what_is_known_so_far(config: Config) -> None:
