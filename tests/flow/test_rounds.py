@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from jf_cluster.preflight import PreflightError, check
 from jf_cluster.report import write_report
 from jf_cluster.rounds import RunBusyError, opened
 from jf_cluster.typed import Typed
-from tests.flow.conftest import small_config
+from tests.flow.conftest import run, small_config
 
 
 def begun(config: Config, typed: Typed | None = None) -> None:
@@ -101,7 +102,8 @@ def test_what_comes_next_is_said_with_the_settings_in_use(config: Config, caplog
     assert "model 1 is trained already; next: make evaluate CONFIG=mine.yaml ROUND=1 SET=name=small" in caplog.text
 
 
-def test_the_report_has_what_is_known_so_far(config: Config) -> None:
+def evaluated(config: Config) -> None:
+    """Save an evaluation of the base."""
     mode = ModeResult(accuracy=0.5, tpf=1.5, tps=100.0, same_as_ar=1.0)
     save_evaluation(
         config,
@@ -112,8 +114,9 @@ def test_the_report_has_what_is_known_so_far(config: Config) -> None:
             rejected=0,
             speed_prompts=1,
             ar=mode,
-            jacobi=mode,
-            multiblock=mode,
+            jacobi=mode.model_copy(update={"tps": 150.4}),
+            multiblock=mode.model_copy(update={"tpf": 2.5, "tps": 175.6}),
+            tps_transformers=120.0,
             agreement_with_base=1.0,
             responses_same_as_base=1.0,
             unfinished=0,
@@ -124,6 +127,10 @@ def test_the_report_has_what_is_known_so_far(config: Config) -> None:
             responses={},
         ),
     )
+
+
+def test_the_report_has_what_is_known_so_far(config: Config) -> None:
+    evaluated(config)
     write_report(config)
     (row,) = json.loads((config.run_dir / "report.json").read_text())["rounds"]
     assert list(row) == [
@@ -133,3 +140,18 @@ def test_the_report_has_what_is_known_so_far(config: Config) -> None:
         *("seconds_collect", "seconds_train"),
     ]
     assert row["tpf_jacobi"] == 1.5 and row["seconds_train"] == 0 and row["block_size"] is None
+
+
+def test_the_report_as_the_readme_has_it(config: Config) -> None:
+    evaluated(config)
+    (config.run_dir / "collecting").mkdir()
+    (config.run_dir / "collecting" / "round-001.json").write_text('{"seconds": 61.6}')
+    settings = config.runs_dir.with_name("small.yaml")
+    settings.write_text(config.to_yaml())
+    done = run(sys.executable, "-m", "jf_cluster", "report", "--markdown", "--config", str(settings))
+    assert done.stdout == (
+        "| round | block size | samples | iterations per block | TPF Jacobi | TPF multi-block | TPS AR | TPS Jacobi "
+        "| TPS multi-block | speed-up | accuracy | agreement with base | seconds collect | seconds train |\n"
+        f"|{' --- |' * 14}\n"
+        "| 0 | - | - | - | 1.50 | 2.50 | 100 | 150 | 176 | 1.25 | 50.0% | 100.0% | 62 | 0 |\n"
+    )
