@@ -70,15 +70,22 @@ def config(
 
 
 @app.command()
-def report(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG) -> None:
+def report(
+    overrides: Overrides = None,
+    config: ConfigPath = DEFAULT_CONFIG,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print it as the README has it, to paste.")] = False,
+) -> None:
     """Print the table of the rounds so far."""
     with clear_errors():
         settings = load(config, overrides)
         if not settings.run_dir.is_dir():
             raise ConfigError(f"there is no run in {settings.run_dir}; start it with: make train")
-        from jf_cluster.report import print_evaluation, print_table, write_report
+        from jf_cluster.report import markdown, print_evaluation, print_table, write_report
 
         rows = write_report(settings)
+        if as_markdown:
+            typer.echo(markdown(rows))
+            return
         if rows:
             print_evaluation(settings, rows[-1].round)
         print_table(rows)

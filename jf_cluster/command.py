@@ -18,6 +18,7 @@ import typer
 from jf_cluster.config import Config, ConfigError, load_config
 from jf_cluster.ray_environment import HOME_VARIABLE
 from jf_cluster.stopping import listen, was_terminated
+from jf_cluster.typed import Typed, in_a_copy
 
 # Ray and torch take seconds to import: --help and a mistyped setting are answered without them.
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ DEFAULT_CONFIG = Path("configs/tiny.yaml")
 ConfigPath = Annotated[Path, typer.Option("--config", help="Configuration file; the shipped ones are in configs/.")]
 RoundNumber = Annotated[
     int | None, typer.Option("--round", min=0, help="Round (0: the base). Default: the one that is due.")
+]
+MadeRound = Annotated[
+    int | None, typer.Option("--round", min=1, help="Round, from 1 (0 is the base). Default: the one that is due.")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -97,15 +101,16 @@ def _exit(message: str, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
-def home() -> Path:
-    """Directory that relative output paths are taken from.
+def home(config: Config) -> Path:
+    """Directory that relative paths of a configuration are taken from.
 
     Raises:
         ConfigError: the job runs in Ray's temporary copy of a working directory and nothing says where home is.
     """
     if HOME_VARIABLE in os.environ:
         return Path(os.environ[HOME_VARIABLE])
-    if "runtime_resources" in Path.cwd().parts:
+    written = [str(config.runs_dir), *([config.store] if config.store and "://" not in config.store else [])]
+    if in_a_copy() and not all(Path(path).is_absolute() for path in written):
         raise ConfigError(
             "this job runs in a temporary copy of the working directory, where results would be lost: give an absolute "
             f"path on storage that all nodes share (runs_dir=/shared/runs) or set {HOME_VARIABLE} where Ray is started"
@@ -116,15 +121,18 @@ def home() -> Path:
 def load(path: Path, overrides: list[str] | None) -> Config:
     """Read a configuration; relative paths become absolute, so that every process takes them alike."""
     config = load_config(path, tuple(overrides or ()))
-    return config.anchored(Path("/") if config.runs_dir.is_absolute() and config.store is None else home())
+    return config.anchored(home(config))
 
 
-def run(path: Path, overrides: list[str] | None, stage: Callable[[Rounds], None]) -> None:
-    """Carry out a stage of the run that a configuration describes."""
+def run(
+    path: Path, overrides: list[str] | None, stage: Callable[[Rounds], None], round_number: int | None = None
+) -> None:
+    """Carry out a stage of the run that a configuration describes; ``round_number`` is the round it was asked for."""
     start_logging()
     with clear_errors():
         config = load(path, overrides)
         from jf_cluster.rounds import opened
 
-        with opened(config) as rounds:
+        typed = Typed(None if path == DEFAULT_CONFIG else path, tuple(overrides or ()), round_number)
+        with opened(config, typed) as rounds:
             stage(rounds)

@@ -366,11 +366,13 @@ class Config(Section):
     def anchored(self, home: Path) -> Config:
         """Give the same configuration with relative paths made absolute, so that it means the same in every process.
 
-        What is written is taken from ``home``, what is read from the current directory.
+        What is written is taken from ``home``. So is what is read, where it is there: the current directory, which
+        comes next, may be Ray's copy of it, with another name after every edit.
         """
 
         def found(path: str) -> str:
-            return str(Path(path).absolute()) if Path(path).exists() else path
+            places = (home / path, Path(path).absolute())
+            return next((str(place) for place in places if place.exists()), path)
 
         store = self.store if self.store is None or "://" in self.store else str(home / self.store)
         return self.model_copy(

@@ -36,8 +36,11 @@ class PreflightError(RuntimeError):
     """The machines lack what the run needs; the message says how much and what to change."""
 
 
-def check(config: Config) -> None:
+def check(config: Config, asked_round: int | None = None) -> None:
     """Check that the run can work as configured, as far as that is known before Ray is joined.
+
+    Args:
+        asked_round: a round that the run is to be brought to, which may be past the configured ones.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -46,7 +49,7 @@ def check(config: Config) -> None:
         ModelError, UnsupportedModelError: the model cannot be used.
         PreflightError: too little memory or disk, too few GPUs, a path that cannot be written.
     """
-    check_settings(config)
+    check_settings(config, asked_round)
     shape = read_shape(config)
     refusals = [*refused_by_model(config, shape), *refused_places(config, shape)]
     if joined_cluster(config) is None:
@@ -64,8 +67,8 @@ def check_cluster(config: Config) -> None:
         raise_refused(list(refused_on(config, read_shape(config), Machines.joined())))
 
 
-def check_settings(config: Config) -> None:
-    """Check what needs neither the model nor the machines.
+def check_settings(config: Config, asked_round: int | None = None) -> None:
+    """Check what needs neither the model nor the machines; ``asked_round`` as in :func:`check`.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -84,7 +87,8 @@ def check_settings(config: Config) -> None:
         )
     if "code" in (config.prompts.grader, grader_of(config)):
         sandbox.check(config.sandbox)
-    check_prompts(config, config.rounds + 1)
+    # The last model collects once more, so that its iterations per block are known.
+    check_prompts(config, max(config.rounds + 1, asked_round or 0))
 
 
 def raise_refused(refusals: list[Refusal]) -> None:

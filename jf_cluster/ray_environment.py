@@ -14,7 +14,7 @@ import sys
 DASHBOARD_PORT = 8265
 
 HOME_VARIABLE = "JF_CLUSTER_HOME"
-"""Set by the head for its jobs: the directory relative output paths are taken from, also when a job runs in a copy."""
+"""Set by the head for its jobs: the directory relative paths are taken from, also when a job runs in a copy."""
 
 DEFAULTS = {
     "RAY_AUTH_MODE": "token",

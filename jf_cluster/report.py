@@ -128,6 +128,38 @@ def table(rows: list[Row]) -> Table:
     return shown
 
 
+MARKDOWN_COLUMNS = (
+    *("round", "block size", "samples", "iterations per block", "TPF Jacobi", "TPF multi-block"),
+    *("TPS AR", "TPS Jacobi", "TPS multi-block", "speed-up", "accuracy", "agreement with base"),
+    *("seconds collect", "seconds train"),
+)
+
+
+def markdown(rows: list[Row]) -> str:
+    """The rows as a Markdown table, one figure a column: speed-up is Jacobi decoding's, accuracy AR's."""
+    lines = [MARKDOWN_COLUMNS, ("---",) * len(MARKDOWN_COLUMNS)]
+    for row in rows:
+        shares = (_percent(share) for share in (row.accuracy_ar, row.agreement_with_base))
+        lines.append(
+            (
+                str(row.round),
+                _figures(0, row.block_size),
+                _figures(0, row.samples),
+                _figures(2, row.iterations_per_block),
+                _figures(2, row.tpf_jacobi),
+                _figures(2, row.tpf_multiblock),
+                _figures(0, row.tps_ar),
+                _figures(0, row.tps_jacobi),
+                _figures(0, row.tps_multiblock),
+                _figures(2, _ratio(row.tps_jacobi, row.tps_strongest_ar)),
+                *("-" if share is None else f"{share:.1f}%" for share in shares),
+                _figures(0, row.seconds_collect),
+                _figures(0, row.seconds_train),
+            )
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def print_table(rows: list[Row]) -> None:
     """Show the table; a narrow terminal or a log gets it whole rather than cut."""
     Console(width=max(Console().width, TABLE_WIDTH)).print(table(rows))
@@ -141,6 +173,7 @@ def print_evaluation(config: Config, round_number: int) -> None:
     console = Console(width=max(Console().width, TABLE_WIDTH))
     console.print(modes_table(now))
     if earlier := [e for e in found[:-1] if e is not None]:
+        # Not those of the file: an earlier version's has none.
         console.print(comparison_table([compare(now, before) for before in earlier]))
 
 

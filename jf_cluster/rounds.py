@@ -14,7 +14,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from jf_cluster.cluster import connected
+from jf_cluster.cluster import connected, joined_cluster
 from jf_cluster.collect import collect_round
 from jf_cluster.collect.crew import Crew
 from jf_cluster.config import Config, ConfigError
@@ -29,6 +29,7 @@ from jf_cluster.run_log import kept_log
 from jf_cluster.stopping import raise_if_asked
 from jf_cluster.tracking import Tracker
 from jf_cluster.train import drop_leftovers, train_round
+from jf_cluster.typed import JobName, Typed
 from jf_cluster.whole_files import write_whole
 from trajectory_store import TrajectoryStore, without_secrets
 
@@ -56,8 +57,9 @@ class RunBusyError(RuntimeError):
 class Rounds:
     """The stages of one run, each done when its output exists and made with what it needs."""
 
-    def __init__(self, config: Config, tracker: Tracker, ray: ExitStack) -> None:
+    def __init__(self, config: Config, tracker: Tracker, ray: ExitStack, typed: Typed) -> None:
         self.config = config
+        self.typed = typed
         self.tracker = tracker
         self.store = TrajectoryStore(config.store_url)
         self._ray = ray
@@ -80,14 +82,18 @@ class Rounds:
         if round_number is None:
             round_number = next(r for r in _count(1) if not self.collected(r))
             if not self.trained(round_number - 1):
-                self._say(f"round {round_number - 1} is collected already and waits to be trained", "train")
+                due = round_number - 1
+                self._say(f"round {due} is collected already and waits to be trained", "train", due)
                 return
+        elif round_number == 0:
+            raise ConfigError("round 0 is the base model, for which nothing is collected: rounds count from 1")
         elif self.collected(round_number):
-            self._say(f"round {round_number} is collected already", "train")
+            self._say(f"round {round_number} is collected already", "train", round_number)
             return
         self._make_models(round_number - 1)
         self._collect(round_number)
-        self._say(f"trajectories of round {round_number} are in {self.store.round(round_number).folder.path}", "train")
+        place = self.store.round(round_number).folder.path
+        self._say(f"trajectories of round {round_number} are in {place}", "train", round_number)
 
     def train(self, round_number: int | None = None) -> None:
         """Train a round; by default the first whose model is missing. What it learns from is collected if need be."""
@@ -96,10 +102,10 @@ class Rounds:
         elif round_number == 0:
             raise ConfigError("round 0 is the base model, which is not trained: rounds count from 1")
         if self.trained(round_number):
-            self._say(f"model {round_number} is trained already", "evaluate")
+            self._say(f"model {round_number} is trained already", "evaluate", round_number)
             return
         self._make_models(round_number)
-        self._say(f"model {round_number} is in {self.config.model_dir(round_number)}", "evaluate")
+        self._say(f"model {round_number} is in {self.config.model_dir(round_number)}", "evaluate", round_number)
 
     def evaluate(self, round_number: int | None = None) -> None:
         """Evaluate a model; by default the first that exists and has not been evaluated. The base goes first."""
@@ -107,14 +113,15 @@ class Rounds:
             round_number = next(r for r in _count(0) if not self.trained(r) or not self.evaluated(r))
             if not self.trained(round_number):
                 print_table(show(self.config, self.tracker))
-                self._say(f"models 0 to {round_number - 1} are evaluated already", "collect")
+                self._say(f"models 0 to {round_number - 1} are evaluated already", "collect", round_number)
                 return
         self._make_models(round_number)
         self._evaluate(0)
         self._evaluate(round_number)
         print_evaluation(self.config, round_number)
         print_table(show(self.config, self.tracker))
-        self._say(f"the evaluation of model {round_number} is in {self.config.run_dir / 'evaluation'}", "collect")
+        place = self.config.run_dir / "evaluation"
+        self._say(f"the evaluation of model {round_number} is in {place}", "collect", round_number + 1)
 
     def distill(self) -> None:
         """Do all rounds, then collect once more with the last model, so that its iterations per block are known."""
@@ -128,7 +135,7 @@ class Rounds:
         print_table(rows)
         self._say(
             f"{self.config.rounds} rounds are done; the model is in {self.config.model_dir(self.config.rounds)}, "
-            f"the table in {self.config.run_dir / 'report.json'}; see every step with: make mlflow"
+            f"the table in {self.config.run_dir / 'report.json'}; see every step with: {self.typed.make('mlflow')}"
         )
 
     def _make_models(self, last: int) -> None:
@@ -166,8 +173,12 @@ class Rounds:
             self._ray.callback(self._crew.dismiss)
         return self._crew
 
-    def _say(self, what: str, following: str | None = None) -> None:
-        logger.info("%s%s", what, f"; next: ray job submit jobs/{following}.py" if following else "")
+    def _say(self, what: str, following: JobName | None = None, round_number: int = 0) -> None:
+        """Say what is done, and what to type for the job that follows."""
+        if following is not None:
+            on_cluster = joined_cluster(self.config) is not None
+            what += f"; next: {self.typed.next_job(following, round_number, on_cluster=on_cluster)}"
+        logger.info("%s", what)
 
 
 def _count(start: int) -> range:
@@ -175,8 +186,11 @@ def _count(start: int) -> range:
 
 
 @contextmanager
-def opened(config: Config) -> Iterator[Rounds]:
+def opened(config: Config, typed: Typed | None = None) -> Iterator[Rounds]:
     """Claim a run, check what it needs, open its tracking, and give its rounds; Ray is joined when there is work.
+
+    Args:
+        typed: the command line this comes from.
 
     Raises:
         ConfigError: the run was begun with settings that would give other results.
@@ -184,14 +198,15 @@ def opened(config: Config) -> Iterator[Rounds]:
         PreflightError, ModelError, PromptsError: something it needs is missing.
         ClusterError: Ray cannot be reached or is too small.
     """
+    typed = typed or Typed()
     if not is_hub_id(config.model.base):
         resolve(config.model.base)
-    check(config)  # reads config.json only: what cannot work is told before a model is fetched
+    check(config, typed.round)  # reads config.json only: what cannot work is told before a model is fetched
     resolve(config.model.base)
     with _claimed(config), kept_log(config.run_dir), Tracker.open(config) as tracker, ExitStack() as ray:
         tracker.close_abandoned()
         drop_leftovers(config)
-        yield Rounds(config, tracker, ray)
+        yield Rounds(config, tracker, ray, typed)
 
 
 def distill(config: Config) -> None:

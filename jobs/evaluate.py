@@ -10,7 +10,7 @@ def main(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG, round
     """Evaluate the model of a round on the held-out prompts: accuracy, agreement with the base model, tokens per
     forward and tokens per second of AR, Jacobi and multi-block decoding, to runs/NAME/evaluation. Round 0 is the base.
     """
-    run(config, overrides, lambda rounds: rounds.evaluate(round_number))
+    run(config, overrides, lambda rounds: rounds.evaluate(round_number), round_number)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ FIXED_PORTS = "what people type"
 TOGETHER = {
     # The cluster's dashboard, the model server and MLflow have one port each there: one after the other.
     "tests/docs/test_docs.py::test_every_shell_block_runs": FIXED_PORTS,
-    "tests/flow/test_commands.py::test_a_job_runs_as_typed": FIXED_PORTS,
     # Folders whose tests share a Ray, ranks or a server; elsewhere the tests of a file share what they need.
     **{f"tests/{folder}/": folder for folder in ("flow", "train", "dashboard", "inference", "deploy")},
 }

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from jf_cluster.command import load
 from jf_cluster.config import ConfigError, load_config
+from jf_cluster.ray_environment import HOME_VARIABLE
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -41,6 +43,30 @@ def test_relative_paths_mean_the_same_everywhere(tmp_path: Path, monkeypatch: py
     assert config.run_dir == tmp_path / "runs" / "tiny" and config.store_url == str(tmp_path / "there")
     assert config.prompts.source == str(tmp_path / "here" / "q.jsonl") and config.model.path == "tiny"
     assert load_config(path, ["store=s3://bucket/run"]).anchored(tmp_path).store_url == "s3://bucket/run"
+
+
+def test_a_job_in_a_copy_of_its_directory_reads_and_writes_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every edit gives the copy another name, and the run's settings must stay the same."""
+    home, copies = tmp_path / "home", [tmp_path / "runtime_resources" / name for name in ("a", "b")]
+    for directory in (home, *copies):
+        (directory / "data").mkdir(parents=True)
+        (directory / "data" / "q.jsonl").write_text("{}")
+    path = CONFIGS[-1].parent / "tiny.yaml"
+    overrides = ["prompts.source=data/q.jsonl", "model.path=data", "evaluate.source=data/q.jsonl"]
+    monkeypatch.setenv(HOME_VARIABLE, str(home))
+    for directory in copies:
+        monkeypatch.chdir(directory)
+        config = load(path, overrides)
+        assert config.run_dir == home / "runs" / "tiny"
+        assert config.prompts.source == config.evaluate.source == str(home / "data" / "q.jsonl")
+        assert config.model.path == str(home / "data")
+        assert load(path, [*overrides, f"runs_dir={tmp_path}"]).prompts == config.prompts
+    monkeypatch.delenv(HOME_VARIABLE)
+    with pytest.raises(ConfigError, match="results would be lost"):
+        load(path, overrides)
+    assert load(path, [f"runs_dir={tmp_path}", "store=s3://bucket/run"]).run_dir == tmp_path / "tiny"
 
 
 @pytest.mark.parametrize(

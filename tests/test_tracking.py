@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from bench.tracking import cost
 from jf_cluster.config import Config
 from jf_cluster.tracking import StageRun, Tracker, stage_run, system
-from jf_cluster.tracking.store import experiment_id
+from jf_cluster.tracking.store import SUPERSEDED_BY, experiment_id
 
 
 def config_of(directory: Path, uri: str | None = None) -> Config:
@@ -59,6 +60,20 @@ def test_a_resumed_stage_continues_its_run(tmp_path: Path) -> None:
     assert list((tmp_path / "mlartifacts").rglob("report.txt"))
     with again.stage(2, "collect") as other:
         assert other.run_id != second.run_id
+
+
+def test_a_stage_made_again_has_a_run_of_its_own(tmp_path: Path) -> None:
+    """What was recorded of the first output is no part of the second one's curves."""
+    tracker = Tracker.open(config_of(tmp_path))
+    with tracker.stage(1, "train") as first:
+        first.metrics({"train/loss": 1.0}, step=1)
+    with pytest.raises(RuntimeError, match="boom"), tracker.stage(1, "train") as second:
+        assert second.run_id != first.run_id and second.steps_of("train/loss") == set()
+        raise RuntimeError("boom")
+    with tracker.stage(1, "train") as resumed:
+        assert resumed.run_id == second.run_id == tracker.stage_run(1, "train")
+    assert run_of(tracker, first.run_id).data.tags[SUPERSEDED_BY] == second.run_id
+    assert SUPERSEDED_BY not in run_of(tracker, second.run_id).data.tags
 
 
 def test_a_run_directory_made_anew_gets_runs_of_its_own(tmp_path: Path) -> None:
@@ -143,9 +158,11 @@ def test_tracking_costs_a_step_less_than_two_hundredths_of_it(tmp_path: Path) ->
 def test_every_machine_tells_its_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system, "SAMPLE_EVERY_S", 0.2)
     tracker = Tracker.open(config_of(tmp_path))
-    for _ in range(2):  # resumed once
-        with tracker.stage(1, "train") as stage:
+    for ends in (KeyboardInterrupt, None):  # resumed once
+        with suppress(KeyboardInterrupt), tracker.stage(1, "train") as stage:
             time.sleep(0.5)
+            if ends is not None:
+                raise ends
     history = MlflowClient(tracker.uri).get_metric_history(stage.run_id, "system/cpu_utilization_percentage")
     assert [point.step for point in history] == list(range(len(history))) and len(history) >= 4
     names = run_of(tracker, stage.run_id).data.metrics

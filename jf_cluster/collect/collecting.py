@@ -151,6 +151,8 @@ def _work(
     )
     if not len(left):
         return
+    if len(left) == len(prompts):
+        summary.attempts.clear()  # nothing is left of them: the round was removed to be made again
     attempt = uuid.uuid4().hex[:8]
     starts = itertools.count(1)
 
@@ -242,7 +244,7 @@ def _metrics(total: Counts, rate: float, troubles: Troubles, done: int) -> dict[
 
 
 class Summary:
-    """What collecting a round took, over all attempts: a small JSON file beside the other stages' summaries."""
+    """What collecting a round took, over all attempts that something is left of: a small JSON file in the run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

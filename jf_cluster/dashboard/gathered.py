@@ -13,7 +13,7 @@ from jf_cluster.evaluate.evaluation import Evaluation, load_evaluation
 from jf_cluster.evaluate.looking import Look, load_look
 from jf_cluster.messages import first_line
 from jf_cluster.models import load_tokenizer
-from jf_cluster.tracking.store import KEY, ROUND, STAGE, client, refusals
+from jf_cluster.tracking.store import KEY, ROUND, STAGE, SUPERSEDED_BY, client, refusals
 from jf_cluster.tracking.tracker import Tracker
 from trajectory_store import Trajectory, TrajectoryReader, TrajectoryStore
 
@@ -112,7 +112,7 @@ def _rates(tracker: Tracker) -> tuple[Rate, ...]:
     try:
         mlflow = client(tracker.uri)
         for run in mlflow.search_runs([str(tracker.experiment_id)], f"tags.`{KEY}` = '{tracker.run_key}'"):
-            if metric := RATES.get(run.data.tags[STAGE]):
+            if (metric := RATES.get(run.data.tags[STAGE])) and SUPERSEDED_BY not in run.data.tags:
                 history = mlflow.get_metric_history(run.info.run_id, metric)
                 points += [(p.timestamp, int(run.data.tags[ROUND]), run.data.tags[STAGE], p.value) for p in history]
     except refusals() as error:

@@ -1,7 +1,7 @@
 """The models of a run in MLflow's registry: one version a round, `round-N` aliases, and `champion` on the best.
 
-Everything is derived from the run's outputs, so registering again changes nothing, and a store that did not answer is
-caught up with at the next call.
+A round that was made again has a new version, which its alias moves to. Everything is derived from the run's outputs,
+so registering again changes nothing, and a store that did not answer is caught up with at the next call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jf_cluster.config import Config
 from jf_cluster.evaluate.evaluation import MODES, Evaluation, load_evaluation
 from jf_cluster.messages import first_line
 from jf_cluster.model_card import CARD
-from jf_cluster.tracking.store import KEY, ROUND, client, experiment_name, is_server, refusals
+from jf_cluster.tracking.store import KEY, ROUND, SUPERSEDED_BY, client, experiment_name, is_server, refusals
 from jf_cluster.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -62,8 +62,13 @@ def register(config: Config, tracker: Tracker, last_round: int) -> None:
         mlflow, name = client(tracker.uri), registered_name(config)
         known = _versions(mlflow, name, tracker.run_key)
         for evaluation in models:
-            if evaluation.round not in known:
-                known[evaluation.round] = _new_version(mlflow, name, config, tracker, evaluation)
+            before, tags = known.get(evaluation.round), _tags(config, tracker, evaluation)
+            if before is not None and before.tags["model_hash"] == evaluation.model_hash:
+                _retag(mlflow, before, tags)
+                continue
+            known[evaluation.round] = new = _new_version(mlflow, name, config, tracker, evaluation.round, tags)
+            if before is not None:
+                mlflow.set_model_version_tag(name, before.version, SUPERSEDED_BY, str(new.version))
         wanted = {f"round-{evaluation.round}": evaluation.round for evaluation in models}
         if (champion := champion_of(found)) is not None:
             wanted[CHAMPION] = champion
@@ -98,20 +103,40 @@ def _description(evaluations: Sequence[Evaluation], champion: int | None) -> str
 
 
 def _versions(mlflow: MlflowClient, name: str, run_key: str) -> dict[int, ModelVersion]:
-    """This run's versions by round; the registered model is made when there is none."""
+    """This run's newest versions by round; the registered model is made when there is none."""
     if not mlflow.search_registered_models(f"name = '{name}'"):
         mlflow.create_registered_model(name)
-    versions = mlflow.search_model_versions(f"name = '{name}'")
+    versions = sorted(mlflow.search_model_versions(f"name = '{name}'"), key=lambda v: int(v.version))
     return {int(v.tags[ROUND]): v for v in versions if v.tags.get(KEY) == run_key}
 
 
+def _tags(config: Config, tracker: Tracker, evaluation: Evaluation) -> dict[str, str]:
+    """What a version says of itself: whose model it is, what it comes from, and how good it is."""
+    lineage = json.loads((Path(config.model_dir(evaluation.round)) / "lineage.json").read_text())
+    return {
+        KEY: tracker.run_key,
+        ROUND: str(evaluation.round),
+        "model_hash": evaluation.model_hash,
+        "passed": str(evaluation.passed),
+        "verdict": evaluation.reason,
+        "tokens_per_forward": f"{fastest_tpf(evaluation):.3f}",
+        **{key: str(lineage[key]) for key in LINEAGE},
+    }
+
+
+def _retag(mlflow: MlflowClient, version: ModelVersion, tags: dict[str, str]) -> None:
+    """Bring a version's tags up to date: its model may have been evaluated again."""
+    for key, value in tags.items():
+        if version.tags.get(key) != value:
+            mlflow.set_model_version_tag(version.name, version.version, key, value)
+
+
 def _new_version(
-    mlflow: MlflowClient, name: str, config: Config, tracker: Tracker, evaluation: Evaluation
+    mlflow: MlflowClient, name: str, config: Config, tracker: Tracker, round_number: int, tags: dict[str, str]
 ) -> ModelVersion:
     """A version that points at the export, or at a copy of it where the registry is a server that cannot see it."""
-    directory = Path(config.model_dir(evaluation.round))
-    lineage = json.loads((directory / "lineage.json").read_text())
-    run_id = tracker.stage_run(evaluation.round, "train")
+    directory = Path(config.model_dir(round_number))
+    run_id = tracker.stage_run(round_number, "train")
     if is_server(tracker.uri) and run_id is not None:
         mlflow.log_artifacts(run_id, str(directory), "model")
         source = f"{mlflow.get_run(run_id).info.artifact_uri}/model"
@@ -121,14 +146,6 @@ def _new_version(
         name,
         source,
         run_id,
-        tags={
-            KEY: tracker.run_key,
-            ROUND: str(evaluation.round),
-            "model_hash": evaluation.model_hash,
-            "passed": str(evaluation.passed),
-            "verdict": evaluation.reason,
-            "tokens_per_forward": f"{fastest_tpf(evaluation):.3f}",
-            **{key: str(lineage[key]) for key in LINEAGE},
-        },
+        tags=tags,
         description=(directory / CARD).read_text().split("---\n", 2)[-1],  # the card without its front matter
     )

@@ -17,15 +17,15 @@ from jf_cluster.whole_files import write_whole
 def show(config: Config, tracker: Tracker) -> list[Row]:
     """Write the report and the overview, and tell MLflow what is new; gives the report's rows.
 
-    Derived from outputs alone: repeating it changes nothing.
+    Derived from outputs alone: repeating it changes nothing, and what was made again replaces what was there.
     """
     rows = write_report(config)
-    known = {name: tracker.parent.steps_of(name) for name in _figures(rows)}
+    known = {name: tracker.parent.values_of(name) for name in _figures(rows)}
     for row in rows:
         new = {
             name: value
             for name, value in asdict(row).items()
-            if name != "round" and value is not None and row.round not in known[name]
+            if name != "round" and value is not None and known[name].get(row.round) != value
         }
         if new:
             tracker.parent.metrics(new, step=row.round)

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 from scipy.stats import binomtest
 
-from jf_cluster.evaluate.evaluation import MODES, Evaluation, ModeResult
+from jf_cluster.evaluate.evaluation import MODES, Comparison, Evaluation, Mode, ModeChange, ModeResult
 
 REACHED = (2, 4, 8, 16)
 """Tokens a forward adds that the table gives the share of; the evaluation's file has all."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How model ``now`` differs from model ``before``; counts are of prompts that both answered."""
-
-    now: int
-    before: int
-    accuracy_change: float | None
-    """Shares; None where one of them was not graded."""
-    gained: int
-    """Right now, wrong before."""
-    lost: int
-    chance: float | None
-    """How often gained and lost prompts would differ at least so much if both models were equally good (McNemar)."""
-    same_responses: float
-    """Share of responses that are the same, character for character."""
-    tpf_ratio: float
-    """Jacobi, now over before."""
-    tps_ratio: float
-    """Jacobi; the two were not measured side by side, so the machine's load is in it."""
-    speedup_ratio: float
-    """Jacobi over the strongest AR, which was measured beside it: the machine's load is not in it."""
 
 
 def compare(now: Evaluation, before: Evaluation) -> Comparison:
@@ -44,19 +20,49 @@ def compare(now: Evaluation, before: Evaluation) -> Comparison:
     if now.right is not None and before.right is not None:
         gained = sum(now.right[i] and not before.right[i] for i in both)
         lost = sum(before.right[i] and not now.right[i] for i in both)
-    graded = now.ar.accuracy is not None and before.ar.accuracy is not None
+    iterations = now.iterations_per_block, before.iterations_per_block
     return Comparison(
         now=now.round,
         before=before.round,
-        accuracy_change=(now.ar.accuracy or 0.0) - (before.ar.accuracy or 0.0) if graded else None,
+        ar=_change(now, before, "ar"),
+        jacobi=_change(now, before, "jacobi"),
+        multiblock=_change(now, before, "multiblock"),
         gained=gained,
         lost=lost,
         chance=float(binomtest(gained, gained + lost).pvalue) if gained + lost else None,
         same_responses=sum(now.responses[i] == before.responses[i] for i in both) / len(both) if both else 0.0,
-        tpf_ratio=now.jacobi.tpf / before.jacobi.tpf,
-        tps_ratio=now.jacobi.tps / before.jacobi.tps if before.jacobi.tps else 0.0,
-        speedup_ratio=now.speedup("jacobi") / before.speedup("jacobi") if before.jacobi.tps else 0.0,
+        agreement=now.agreement_with_base - before.agreement_with_base,
+        iterations_ratio=iterations[0] / iterations[1] if iterations[0] and iterations[1] else None,
     )
+
+
+def _change(now: Evaluation, before: Evaluation, mode: Mode) -> ModeChange:
+    mine, other = now.mode(mode), before.mode(mode)
+    graded = mine.accuracy is not None and other.accuracy is not None
+    return ModeChange(
+        accuracy=(mine.accuracy or 0.0) - (other.accuracy or 0.0) if graded else None,
+        tpf_ratio=mine.tpf / other.tpf,
+        tps_ratio=mine.tps / other.tps if other.tps else 0.0,
+        speedup_ratio=now.speedup(mode) / before.speedup(mode) if other.tps else 0.0,
+    )
+
+
+def compared(now: Evaluation, earlier: Iterable[Evaluation]) -> Evaluation:
+    """The evaluation with how it differs from each of the ``earlier`` ones."""
+    return now.model_copy(update={"comparisons": tuple(compare(now, before) for before in earlier)})
+
+
+def figures(comparison: Comparison) -> dict[str, float]:
+    """Every figure that is known of a comparison, by name, as metrics."""
+    found = {
+        name: value
+        for name, value in comparison.model_dump(exclude={"now", "before", *MODES}).items()
+        if value is not None
+    }
+    for mode in MODES:
+        changes = comparison.mode(mode).model_dump()
+        found |= {f"{name}_{mode}": value for name, value in changes.items() if value is not None}
+    return found
 
 
 def modes_table(evaluation: Evaluation) -> Table:
@@ -94,27 +100,34 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     shown = Table(title=f"model {comparisons[0].now} against earlier ones", title_justify="left")
     shown.add_column("against")
     for name in (
-        "accuracy, points",
+        "accuracy\npoints\nAR, Jacobi, multi",
         "gained, lost",
         "by chance",
-        "same responses %",
-        "tokens/forward, times",
-        "tokens/second, times",
-        "speed-up, times",
+        "same\nresponses %",
+        "iterations\nper block\ntimes",
+        "tokens/forward\ntimes\nJacobi, multi",
+        "tokens/second\ntimes\nAR, Jacobi, multi",
+        "speed-up\ntimes\nJacobi, multi",
     ):
         shown.add_column(name, justify="right", no_wrap=True)
     for c in comparisons:
+        drafted, graded = (c.jacobi, c.multiblock), c.ar.accuracy is not None
         shown.add_row(
             "base" if c.before == 0 else f"model {c.before}",
-            "-" if c.accuracy_change is None else f"{100 * c.accuracy_change:+.1f}",
-            "-" if c.accuracy_change is None else f"{c.gained}, {c.lost}",
+            "  ".join(f"{100 * m.accuracy:+.1f}" for m in (c.ar, *drafted) if m.accuracy is not None) or "-",
+            f"{c.gained}, {c.lost}" if graded else "-",
             "-" if c.chance is None else f"{c.chance:.2f}",
             f"{100 * c.same_responses:.1f}",
-            f"{c.tpf_ratio:.2f}",
-            f"{c.tps_ratio:.2f}",
-            f"{c.speedup_ratio:.2f}",
+            "-" if c.iterations_ratio is None else f"{c.iterations_ratio:.2f}",
+            _times(m.tpf_ratio for m in drafted),
+            _times(m.tps_ratio for m in (c.ar, *drafted)),
+            _times(m.speedup_ratio for m in drafted),
         )
     return shown
+
+
+def _times(ratios: Iterable[float]) -> str:
+    return "  ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def accuracy_text(result: ModeResult) -> str:

@@ -15,7 +15,7 @@ from jf_cluster.collect.crew import Crew
 from jf_cluster.collect.dispatch import Dispatcher, Done, GivenUp, Lost
 from jf_cluster.collect.prompts import Prompt, unusable
 from jf_cluster.config import Config
-from jf_cluster.evaluate.comparison import accuracy_text
+from jf_cluster.evaluate.comparison import accuracy_text, compared, figures
 from jf_cluster.evaluate.evaluation import MODES, EvaluateError, Evaluation, load_evaluation, save_evaluation
 from jf_cluster.evaluate.graders.sandbox import SandboxError
 from jf_cluster.evaluate.looking import look_at
@@ -74,9 +74,13 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker, crew: Cr
             rejected=len(asked) - len(answered),
             seconds=time.monotonic() - begun,
         )
+        found = compared(found, _earlier(config, round_number))
         _tell_on_the_card(config, found, base)
         stage.tags({"model_hash": found.model_hash, "passed": found.passed, "verdict": found.reason})
         stage.metrics(_metrics(found))
+        for comparison in found.comparisons:
+            against = {f"against_earlier/{name}": value for name, value in figures(comparison).items()}
+            stage.metrics(against, step=comparison.before)
         path = save_evaluation(config, found)  # after it nothing of this stage is made again
         stage.artifact(path)
         if round_number > 0:
@@ -92,6 +96,10 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker, crew: Cr
     if not found.passed:
         logger.warning("model %d failed: %s", round_number, found.reason)
     return found
+
+
+def _earlier(config: Config, round_number: int) -> list[Evaluation]:
+    return [e for r in range(round_number) if (e := load_evaluation(config, r)) is not None]
 
 
 def _answers(config: Config, round_number: int, prompts: Sequence[Prompt], stage: StageRun, crew: Crew) -> Answers:

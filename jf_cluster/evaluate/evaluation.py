@@ -39,6 +39,44 @@ class ModeResult(_Frozen):
     """By position i, from 0: share of decode forwards that added more than i tokens. Their sum is the TPF."""
 
 
+class ModeChange(_Frozen):
+    """How a decoding mode of a model differs from the same mode of an earlier one; ratios are now over before."""
+
+    accuracy: float | None
+    """Difference of the shares; None where one of them was not graded."""
+    tpf_ratio: float
+    tps_ratio: float
+    """The two were not measured side by side, so the machine's load is in it."""
+    speedup_ratio: float
+    """Of the speed over the strongest AR, which was measured beside it: the machine's load is not in it."""
+
+
+class Comparison(_Frozen):
+    """How model ``now`` differs from model ``before``; counts are of prompts that both answered, in mode AR."""
+
+    now: int
+    before: int
+    ar: ModeChange
+    jacobi: ModeChange
+    multiblock: ModeChange
+    gained: int
+    """Right now, wrong before."""
+    lost: int
+    chance: float | None
+    """How often gained and lost prompts would differ at least so much if both models were equally good (McNemar)."""
+    same_responses: float
+    """Share of responses that are the same, character for character."""
+    agreement: float
+    """Difference of the shares of prompts answered as the base answers them."""
+    iterations_ratio: float | None
+    """Of the iterations per block; None where one of them was not measured."""
+
+    def mode(self, name: Mode) -> ModeChange:
+        """How one decoding mode differs."""
+        change: ModeChange = getattr(self, name)
+        return change
+
+
 class Evaluation(_Frozen):
     """How good and how fast model ``round`` is (0 is the base)."""
 
@@ -78,6 +116,8 @@ class Evaluation(_Frozen):
     """AR response of each prompt, by prompt id."""
     right: dict[str, bool] | None = None
     """Whether the AR response is right, by prompt id; None without a grader."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Against every earlier round that was evaluated, the base first."""
 
     def mode(self, name: Mode) -> ModeResult:
         """Result of one decoding mode."""

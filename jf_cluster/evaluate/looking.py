@@ -72,7 +72,8 @@ class Looker(Evaluator):
             )
 
         jacobi = watched(Drafting("jacobi", **settings.decoding.model_dump()))
-        survey = Survey(self.model, [p.tokens.tolist() for p in prompts[:SURVEYED]], frozenset(self.end_ids))
+        surveyed = [p.tokens.tolist() for p in prompts[:SURVEYED]]
+        survey = Survey(self.model, surveyed, frozenset(self.end_ids), settings.max_new_tokens)
         survey.measure(AUTOREGRESSIVE)
         for block_size in BLOCK_SIZES:
             for blocks in BLOCKS:

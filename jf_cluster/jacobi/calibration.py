@@ -109,14 +109,20 @@ def calibrate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], end_ids:
 
 
 class Survey:
-    """Measures settings one after the other on the same prompts; each setting once.
+    """Measures settings one after the other on the same prompts, each once, with at most ``max_new_tokens`` a response.
 
     Raises:
         ValueError: no prompt leaves room for a response in the model's context.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], end_ids: frozenset[int]) -> None:
-        self._model, self._end_ids = model, end_ids
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        end_ids: frozenset[int],
+        max_new_tokens: int = TOKENS,
+    ) -> None:
+        self._model, self._end_ids, self._tokens = model, end_ids, min(TOKENS, max_new_tokens)
         self._context = context = getattr(model.config, "max_position_embeddings", None) or 2**31
         self._prompts = [list(p) for p in prompts[:PROMPTS] if 0 < len(p) < context]
         if not self._prompts:
@@ -131,7 +137,7 @@ class Survey:
         """What a setting accepts, and what it should give on this machine."""
         if drafting not in self.tried:
             rows = [
-                Row(p, i, drafting, min(TOKENS, self._context - len(p)), self._end_ids)
+                Row(p, i, drafting, min(self._tokens, self._context - len(p)), self._end_ids)
                 for i, p in enumerate(self._prompts)
             ]
             for _ in decode_rows(self._model, rows):

@@ -102,15 +102,19 @@ class StageRun:
 
     def steps_of(self, metric: str) -> set[int]:
         """Steps at which ``metric`` was recorded, so that nothing is recorded twice; empty where nobody answers."""
+        return set(self.values_of(metric))
+
+    def values_of(self, metric: str) -> dict[int, float]:
+        """What was recorded of ``metric`` last at each step; empty where nobody answers."""
         if self.run_id is None:
-            return set()
+            return {}
         try:
             history = client(self.uri).get_metric_history(self.run_id, metric)
         except refusals() as error:
             place = without_secrets(self.uri)
             logger.warning("MLflow at %s: no history of %s (%s)", place, metric, first_line(error))
-            return set()
-        return {point.step for point in history}
+            return {}
+        return {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}
 
     def flush(self) -> None:
         """Send what waits, or keep it where the store does not answer."""

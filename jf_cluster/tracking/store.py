@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 KEY, ROUND, STAGE = "jf_cluster.run_key", "jf_cluster.round", "jf_cluster.stage"
 """Tags by which a run directory finds its MLflow runs again."""
 
+SUPERSEDED_BY = "jf_cluster.superseded_by"
+"""Tag of a stage's run, or of a version in the registry, whose output was made again: what has taken its place."""
+
 
 def tracking_uri(config: Config) -> str:
     """Where MLflow keeps its records: the configuration, ``MLFLOW_TRACKING_URI``, else SQLite under ``runs_dir``."""

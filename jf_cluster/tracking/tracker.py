@@ -20,6 +20,7 @@ from jf_cluster.tracking.store import (
     KEY,
     ROUND,
     STAGE,
+    SUPERSEDED_BY,
     client,
     experiment_id,
     experiment_name,
@@ -96,15 +97,15 @@ class Tracker:
     def stage(self, round_number: int, name: StageName) -> Iterator[StageRun]:
         """The nested run of a stage, created or found again; marked finished or failed on leaving.
 
-        While it lasts, the machines' load is recorded in it, and ``status`` says what it is doing.
+        A stage whose run is finished is being made again, since its output was there once: it gets a new run. While
+        it lasts, the machines' load is recorded in it, and ``status`` says what it is doing.
         """
         self._catch_up()
         run_id = None
         title = f"round-{round_number:03d}-{name}"
         if self.run_id is not None:
             try:
-                known = self.stage_run(round_number, name)
-                run_id = self._again(known) if known else self._new_stage_run(round_number, name)
+                run_id = self._unfinished_or_new_run(round_number, name)
             except refusals() as error:
                 logger.warning("MLflow at %s: no run for %s (%s)", self.place, title, first_line(error))
         status: Status = "FAILED"
@@ -175,8 +176,17 @@ class Tracker:
                 StageRun.attach(self.uri, run_id, journal).flush()
 
     def stage_run(self, round_number: int, name: StageName) -> str | None:
-        """Id of a stage's run, None where there is none."""
+        """Id of a stage's newest run, None where there is none."""
         return self._find({KEY: self.run_key, ROUND: str(round_number), STAGE: name})
+
+    def _unfinished_or_new_run(self, round_number: int, name: StageName) -> str:
+        mlflow, known = client(self.uri), self.stage_run(round_number, name)
+        if known and mlflow.get_run(known).info.status != "FINISHED":
+            return self._again(known)
+        run_id = self._new_stage_run(round_number, name)
+        if known:
+            mlflow.set_tag(known, SUPERSEDED_BY, run_id)
+        return run_id
 
     def _new_stage_run(self, round_number: int, name: StageName) -> str:
         tags = {KEY: self.run_key, ROUND: str(round_number), STAGE: name}
@@ -184,7 +194,8 @@ class Tracker:
 
     def _find(self, tags: dict[str, str]) -> str | None:
         wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        found = client(self.uri).search_runs([str(self.experiment_id)], wanted, max_results=1)
+        newest_first = ["attributes.start_time DESC"]
+        found = client(self.uri).search_runs([str(self.experiment_id)], wanted, max_results=1, order_by=newest_first)
         return found[0].info.run_id if found else None
 
     def _create(self, tags: dict[str, str], title: str) -> str:

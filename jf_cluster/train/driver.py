@@ -20,6 +20,7 @@ from jf_cluster.config import Config
 from jf_cluster.models import model_hash
 from jf_cluster.stopping import Terminated, stops_through
 from jf_cluster.tracking import StageRun, Tracker
+from jf_cluster.train.checkpoints import whole_checkpoints
 from jf_cluster.train.guard import Skip, read_skips
 from jf_cluster.train.progress import followed
 from jf_cluster.train.ranks import TrainingError, run_ranks
@@ -82,6 +83,8 @@ def train_round(config: Config, round_number: int, tracker: Tracker, arriving: A
     shutil.rmtree(partial, ignore_errors=True)
     for directory in (training, checkpoints, target.parent):
         directory.mkdir(parents=True, exist_ok=True)
+    if (training / f"{name}.json").exists() and not whole_checkpoints(checkpoints):
+        _forget(training, name)
     job = RankJob(
         config_json=config.model_dump_json(),
         round_number=round_number,
@@ -92,6 +95,11 @@ def train_round(config: Config, round_number: int, tracker: Tracker, arriving: A
         stop=str(stop_request(config, round_number)),
         export=str(partial),
         prompt_ids=_write_ids(arriving, training / f"{name}{_PROMPT_IDS}") if arriving else None,
+    )
+    what = "prompts that are being collected" if arriving else "trajectories"
+    logger.info(
+        "training round %d from model %d: %d %s, %d steps, %d ranks",
+        *(round_number, round_number - 1, inputs.count, what, config.train.steps, config.train.workers),
     )
     earlier_s = sum(record.seconds for record in read_steps(Path(job.steps_log)))  # of an interrupted attempt
     with tracker.stage(round_number, "train") as stage, stops_through(Path(job.stop)):
@@ -113,6 +121,12 @@ def train_round(config: Config, round_number: int, tracker: Tracker, arriving: A
     logger.info(
         "round %d trained: %d steps in %.0f s → %s", round_number, config.train.steps, summary["seconds"], target
     )
+
+
+def _forget(training: Path, name: str) -> None:
+    """Remove what is left of a training that came to its end and whose model was removed: it is made from nothing."""
+    for path in training.glob(f"{name}.*"):
+        path.unlink()
 
 
 def stop_request(config: Config, round_number: int) -> Path:
@@ -149,6 +163,8 @@ class _Inputs:
     parent_hash: str
     """Content hash of the start model."""
     prompts_digest: str
+    count: int
+    """Of trajectories, or of the prompts that they will come from."""
     sealed: Callable[[], Manifest]
 
 
@@ -160,12 +176,12 @@ def _checked_inputs(config: Config, round_number: int) -> _Inputs:
     if manifest.rows == 0:
         store = without_secrets(config.store_url)
         raise TrainingError(f"round {round_number} of {store} holds no trajectories: nothing to train on")
-    return _Inputs(parent_hash, rows.prompts_digest(), lambda: manifest)
+    return _Inputs(parent_hash, rows.prompts_digest(), manifest.rows, lambda: manifest)
 
 
 def _arriving_inputs(config: Config, round_number: int, arriving: Arriving) -> _Inputs:
     parent_hash = _made_by_parent(config, round_number, arriving.provenance)
-    return _Inputs(parent_hash, digest_of(arriving.prompt_ids), arriving.sealed)
+    return _Inputs(parent_hash, digest_of(arriving.prompt_ids), len(arriving.prompt_ids), arriving.sealed)
 
 
 def _made_by_parent(config: Config, round_number: int, provenance: Provenance) -> str:

@@ -66,11 +66,13 @@ def look(round_number: int, run: int) -> Look:
     return Look(round_number, "How many?", words, watched("jacobi"), watched("multiblock"), tuple(grid))
 
 
-def export(config: Config, round_number: int) -> None:
+def export(config: Config, round_number: int, content: int | None = None) -> None:
+    """Put a model where a round exports it; ``content``, by default the round's number, tells it from another one."""
+    content = round_number if content is None else content
     directory = Path(config.model_dir(round_number))
     directory.mkdir(parents=True)
-    (directory / "model.safetensors").write_bytes(bytes([round_number]))
-    lineage = {"parent_model_hash": "p", "trajectories_content_hash": f"t{round_number}", "base_model_hash": "b"}
+    (directory / "model.safetensors").write_bytes(bytes([content]))
+    lineage = {"parent_model_hash": "p", "trajectories_content_hash": f"t{content}", "base_model_hash": "b"}
     (directory / "lineage.json").write_text(json.dumps(lineage))
     write_card(directory, base="tiny", dtype="float32", round_number=round_number)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import mlflow.artifacts
@@ -9,9 +10,12 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from jf_cluster.config import Config
+from jf_cluster.dashboard import show
+from jf_cluster.dashboard.gathered import gather
 from jf_cluster.dashboard.registry import champion_of, register, registered_name
 from jf_cluster.evaluate.evaluation import save_evaluation
 from jf_cluster.tracking import Tracker
+from jf_cluster.tracking.store import SUPERSEDED_BY
 from tests.dashboard.conftest import evaluation, export
 
 BASE = evaluation(0, 1.1, 0.9)
@@ -62,6 +66,45 @@ def test_aliases_follow_the_rounds(tmp_path: Path) -> None:
     source = client.get_model_version_download_uri(name, version.version)
     found = Path(mlflow.artifacts.download_artifacts(source))
     assert (found / "model.safetensors").read_bytes() == bytes([3])
+
+
+def test_a_round_made_again_replaces_what_was_registered_and_shown(tmp_path: Path) -> None:
+    config = Config.model_validate({"name": "run", "runs_dir": tmp_path})
+    tracker = Tracker.open(config)
+    client, name = MlflowClient(tracker.uri, tracker.uri), registered_name(config)
+
+    def train(round_number: int, content: int, tpf: float) -> None:
+        with tracker.stage(round_number, "train") as stage:
+            stage.metrics({"train/tokens_per_s": 100.0 * content}, step=1)
+            export(config, round_number, content)
+        found = evaluation(round_number, tpf, 0.9).model_copy(update={"model_hash": f"{content}" * 64})
+        save_evaluation(config, found)
+        show(config, tracker)
+
+    def figures() -> list[tuple[int, float]]:
+        history = client.get_metric_history(tracker.run_id, "tpf_jacobi")
+        return [(point.step, point.value) for point in sorted(history, key=lambda point: point.timestamp)]
+
+    save_evaluation(config, BASE)
+    train(1, content=1, tpf=2.0)
+    train(2, content=2, tpf=3.0)
+    first = client.get_model_version_by_alias(name, "round-2")
+    shutil.rmtree(config.model_dir(2))
+    train(2, content=5, tpf=4.0)
+    second = client.get_model_version_by_alias(name, "round-2")
+    assert second.version != first.version and second.run_id == tracker.stage_run(2, "train") != first.run_id
+    assert second.tags["model_hash"] == "5" * 64 and second.tags["trajectories_content_hash"] == "t5"
+    assert client.get_model_version_by_alias(name, "champion").version == second.version
+    assert client.get_model_version(name, first.version).tags[SUPERSEDED_BY] == str(second.version)
+    assert SUPERSEDED_BY not in client.get_model_version_by_alias(name, "round-1").tags
+    assert figures() == [(0, 1.1), (1, 2.0), (2, 3.0), (2, 4.0)]
+    rates = gather(config, tracker, 2).rates
+    assert sorted((rate.round, rate.tokens_per_s) for rate in rates) == [(1, 100.0), (2, 500.0)]
+
+    save_evaluation(config, evaluation(2, 4.0, 0.5).model_copy(update={"model_hash": "5" * 64}))
+    show(config, tracker)
+    again = client.get_model_version_by_alias(name, "round-2")
+    assert again.version == second.version and again.tags["passed"] == "False", "the same model, judged otherwise"
 
 
 def test_a_registry_that_does_not_answer_stops_nothing(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from jf_cluster.config import Config
-from jf_cluster.evaluate.comparison import compare, comparison_table, modes_table
+from jf_cluster.evaluate.comparison import compare, compared, comparison_table, figures, modes_table
 from jf_cluster.evaluate.evaluation import (
     EvaluateError,
     Evaluation,
@@ -17,6 +18,7 @@ from jf_cluster.evaluate.evaluation import (
     evaluation_path,
     judge,
     load_evaluation,
+    save_evaluation,
 )
 from jf_cluster.evaluate.scoring import acceptance, wilson
 
@@ -60,16 +62,37 @@ def test_acceptance_by_position_sums_to_the_tokens_per_forward() -> None:
 
 
 def test_against_an_earlier_model() -> None:
-    compared = compare(evaluation(2, "yyynnn", 3.0), evaluation(1, "ynnynn", 2.0))
-    assert compared.accuracy_change == pytest.approx(1 / 6)
-    assert (compared.gained, compared.lost, compared.same_responses) == (2, 1, 0.5)
-    assert compared.tpf_ratio == compared.tps_ratio == 1.5
+    now = evaluation(2, "yyynnn", 3.0, iterations_per_block=2.0, agreement_with_base=0.75)
+    now = now.model_copy(update={"multiblock": now.multiblock.model_copy(update={"tpf": 5.0, "accuracy": 0.25})})
+    found = compare(now, evaluation(1, "ynnynn", 2.0))
+    assert found.ar.accuracy == found.jacobi.accuracy == pytest.approx(1 / 6)
+    assert found.multiblock.accuracy == pytest.approx(0.25 - 1 / 3) and found.multiblock.tpf_ratio == 2.5
+    assert (found.gained, found.lost, found.same_responses) == (2, 1, 0.5)
+    assert found.jacobi.tpf_ratio == found.jacobi.tps_ratio == 1.5 and found.ar.tpf_ratio == 1.0
+    assert (found.iterations_ratio, found.agreement) == (0.8, -0.25)
     slow = evaluation(0, "yn", 2.0).model_copy(update={"tps_transformers": 800.0})
-    assert compare(evaluation(1, "yn", 3.0), slow).speedup_ratio == 6.0
-    assert compared.chance == 1.0  # 2 against 1 says nothing
+    assert compare(evaluation(1, "yn", 3.0), slow).jacobi.speedup_ratio == 6.0
+    assert found.chance == 1.0  # 2 against 1 says nothing
     assert compare(evaluation(2, "n" * 10, 1.0), evaluation(1, "y" * 10, 1.0)).chance == pytest.approx(2 / 2**10)
     ungraded = compare(evaluation(1, "yn", 1.0).model_copy(update={"right": None}), evaluation(0, "yn", 1.0))
     assert (ungraded.gained, ungraded.lost, ungraded.chance) == (0, 0, None)
+
+
+def test_what_is_known_of_a_comparison_is_kept(tmp_path: Path) -> None:
+    """In the evaluation's file, and by name for MLflow; files of before have none and can be read."""
+    config = Config(runs_dir=tmp_path)
+    earlier = [evaluation(0, "yn", 1.5, iterations_per_block=None), evaluation(1, "yy", 2.0)]
+    now = compared(evaluation(2, "yn", 3.0), earlier)
+    path = save_evaluation(config, now)
+    assert load_evaluation(config, 2) == now and [c.before for c in now.comparisons] == [0, 1]
+    named = [figures(comparison) for comparison in now.comparisons]
+    assert named[0]["tpf_ratio_multiblock"] == 2.0 and named[1]["accuracy_ar"] == -0.5
+    assert named[1].keys() - named[0].keys() == {"chance", "iterations_ratio"}, "what is not known is left out"
+    before = json.loads(path.read_text())
+    del before["comparisons"]
+    path.write_text(json.dumps(before))
+    old = load_evaluation(config, 2)
+    assert old is not None and old.comparisons == ()
 
 
 def test_speed_up_is_over_the_strongest_ar() -> None:
@@ -85,6 +108,7 @@ def test_the_tables_say_it() -> None:
     console.print(modes_table(now))
     console.print(comparison_table([compare(now, before)]))
     text = out.getvalue()
+    assert "1.50  1.50" in text and "AR, Jacobi, multi" in text
     assert "model 2 on held_out, 6 prompts: FAILED, fell" in text
     assert "50.0 (25.0 to 75.0)" in text and "ar, transformers" in text
     assert "75  25  0  0" in text and "2.50 Jacobi iterations per block of 8" in text

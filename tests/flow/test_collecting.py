@@ -99,6 +99,18 @@ def test_a_half_collected_round_is_finished_from_where_it_stopped(reference, tmp
     assert set(shards[3:]) <= set(folder.glob("shard-*"))
 
 
+def test_a_round_that_was_removed_is_collected_as_if_it_had_never_been(
+    reference, tmp_path: Path, base_model: Path
+) -> None:
+    config, (_, manifest) = small_config(tmp_path, base_model), reference
+    summary = config.run_dir / "collecting" / "round-001.json"
+    summary.parent.mkdir(parents=True)
+    summary.write_text(json.dumps({"seconds": 1e6, "attempts": [{"seconds": 1e6}]}))
+    assert collected(config).content_hash == manifest.content_hash
+    kept = json.loads(summary.read_text())
+    assert len(kept["attempts"]) == 1 and kept["seconds"] < 1e6
+
+
 def test_too_long_prompts_are_rejected_with_the_reason(tmp_path: Path, base_model: Path) -> None:
     rows = [{"question": f"What is {i} plus {i}? " * (60 if i % 3 == 0 else 1)} for i in range(60)]
     source = tmp_path / "questions.jsonl"

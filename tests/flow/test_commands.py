@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from jf_cluster import cluster
+from tests.clone import fresh_shell, make_clone
 from tests.flow.conftest import ROOT, run, small_config
 
 JOBS = ("collect", "train", "evaluate", "distill")
@@ -72,29 +76,50 @@ def test_a_store_that_cannot_be_reached_is_one_clear_message(tmp_path: Path) -> 
     assert not runs.exists(), "nothing half-written"
 
 
-def test_a_job_runs_as_typed(tmp_path: Path, base_model: Path) -> None:
-    """`ray job submit jobs/collect.py` in a shell that knows nothing but the programs of the environment."""
-    if cluster._listening(8265):
-        pytest.skip("another Ray head has the dashboard's port")
-    config = small_config(tmp_path / "runs", base_model)
-    (tmp_path / "small.yaml").write_text(config.to_yaml())
-    runs_dir = str(tmp_path / "runs")
-    started = run(sys.executable, "-m", "jf_cluster", "cluster", "start", "--runs-dir", runs_dir)
-    try:
-        assert started.returncode == 0, started.stderr
-        again = run(sys.executable, "-m", "jf_cluster", "cluster", "start", "--runs-dir", runs_dir)
-        assert again.stdout == started.stdout, "a running head is left alone"
-        job = ["ray", "job", "submit", "--", "jobs/collect.py", "--config", str(tmp_path / "small.yaml")]
-        # What importing jf_cluster sets in .venv (see the Makefile) is set here by hand: this Python may not have it.
-        from jf_cluster.ray_environment import DEFAULTS
+@pytest.mark.parametrize("job", ["collect", "train"])
+def test_round_zero_is_refused(tmp_path: Path, job: str) -> None:
+    done = run(sys.executable, f"jobs/{job}.py", "--round", "0", f"runs_dir={tmp_path / 'runs'}")
+    assert done.returncode == 2 and "Invalid value for '--round'" in done.stderr
+    assert not (tmp_path / "runs").exists()
 
-        done = run(*job, RAY_API_SERVER_ADDRESS="http://127.0.0.1:8265", **DEFAULTS)
+
+def test_a_job_runs_as_typed(tmp_path: Path, base_model: Path) -> None:
+    """`ray job submit` in a fresh shell at the root of a clone, with `.venv` activated and nothing exported."""
+    clone = make_clone(tmp_path / "clone")
+    # Smaller than what is shipped, and on another port, so that others may use 8265; what is typed stays the same.
+    shutil.copytree(base_model, clone / "base")
+    questions = [json.dumps({"question": f"How many is {i} and {i + 1}?"}) for i in range(400)]
+    (clone / "questions.jsonl").write_text("\n".join(questions))
+    prompts = {"source": "questions.jsonl", "per_round": 20, "held_out": 12, "grader": "none"}
+    settings = small_config(Path("runs"), Path("base"), name="tiny", prompts=prompts)
+    (clone / "configs" / "tiny.yaml").write_text(settings.to_yaml())
+    environment = clone / "jf_cluster" / "ray_environment.py"
+    [port] = cluster._free_ports(1)
+    environment.write_text(environment.read_text().replace("DASHBOARD_PORT = 8265", f"DASHBOARD_PORT = {port}"))
+
+    def typed(command: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=clone, env=fresh_shell(clone), capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "round 1 collected" in done.stdout and "joining the Ray cluster" in done.stdout
-        assert (tmp_path / "runs" / "small" / "store" / "round-001" / "manifest.json").is_file()
-        due = run(*job, RAY_API_SERVER_ADDRESS="http://127.0.0.1:8265", **DEFAULTS)
-        assert "waits to be trained; next: ray job submit jobs/train.py" in due.stdout
+        return done.stdout
+
+    started = typed("make cluster")
+    try:
+        assert f"http://127.0.0.1:{port}" in started and typed("make cluster") == started, "it is left alone"
+        collected = typed("ray job submit jobs/collect.py")
+        assert "round 1 collected" in collected and "joining the Ray cluster" in collected
+        assert collected.rstrip().count("next: ray job submit jobs/train.py") == 1
+        assert (clone / "runs" / "tiny" / "store" / "round-001" / "manifest.json").is_file()
+
+        in_a_copy = typed("ray job submit --working-dir . -- python jobs/collect.py name=copied")
+        assert "round 1 collected" in in_a_copy
+        assert "next: ray job submit --working-dir . -- python jobs/train.py name=copied" in in_a_copy
+        assert (clone / "runs" / "copied" / "store" / "round-001" / "manifest.json").is_file()
+        kept = [(clone / "runs" / name / "config.yaml").read_text() for name in ("tiny", "copied")]
+        assert kept[0].replace("name: tiny", "name: copied") == kept[1], "no path into the copy: the next has another"
+        assert f"source: {clone / 'questions.jsonl'}" in kept[0]
     finally:
-        stopped = run(sys.executable, "-m", "jf_cluster", "cluster", "stop", "--runs-dir", runs_dir)
-    assert "stopped" in stopped.stdout and not cluster._listening(8265)
-    assert "no Ray head" in run(sys.executable, "-m", "jf_cluster", "cluster", "stop", "--runs-dir", runs_dir).stdout
+        stopped = typed("make cluster-stop")
+    assert "stopped" in stopped and not cluster._listening(port)
+    assert "no Ray head" in typed("make cluster-stop")

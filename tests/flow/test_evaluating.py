@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from jf_cluster.collect.prompts import held_out_prompts
 from jf_cluster.config import Config
 from jf_cluster.evaluate import load_evaluation
+from jf_cluster.evaluate.comparison import compare
 from jf_cluster.evaluate.evaluating import EvaluateError, evaluate_round
 from jf_cluster.evaluate.evaluation import MODES, Evaluation, ModeResult, evaluation_path
 from jf_cluster.evaluate.graders import is_right
@@ -54,6 +56,19 @@ def test_every_mode_gives_the_ar_output_in_float32(evaluated: tuple[Config, Eval
         for result in (evaluation.ar, evaluation.jacobi, evaluation.multiblock):
             assert result.same_as_ar == 1.0 and result.accuracy == evaluation.ar.accuracy
             assert result.tpf >= 1.0 and result.tps > 0
+
+
+def test_how_a_model_differs_from_earlier_ones_is_kept_and_shown(
+    evaluated: tuple[Config, Evaluation, Evaluation],
+) -> None:
+    config, base, other = evaluated
+    [against_base] = other.comparisons
+    assert base.comparisons == () and against_base == compare(other, base)
+    assert load_evaluation(config, 1) == other
+    tracker = Tracker.open(config)
+    run_id = tracker.stage_run(1, "evaluate")
+    history = MlflowClient(tracker.uri).get_metric_history(run_id, "against_earlier/tpf_ratio_multiblock")
+    assert [(point.step, point.value) for point in history] == [(0, other.multiblock.tpf / base.multiblock.tpf)]
 
 
 def test_figures_are_those_of_the_answers(evaluated: tuple[Config, Evaluation, Evaluation]) -> None:

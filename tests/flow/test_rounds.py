@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from jf_cluster.collect.prompts import PromptsError
 from jf_cluster.config import Config, ConfigError
 from jf_cluster.evaluate.evaluation import Evaluation, ModeResult, save_evaluation
 from jf_cluster.models import ModelError
@@ -17,11 +19,12 @@ from jf_cluster.planning.shapes import read_shape
 from jf_cluster.preflight import PreflightError, check
 from jf_cluster.report import write_report
 from jf_cluster.rounds import RunBusyError, opened
-from tests.flow.conftest import small_config
+from jf_cluster.typed import Typed
+from tests.flow.conftest import run, small_config
 
 
-def begun(config: Config) -> None:
-    with opened(config):
+def begun(config: Config, typed: Typed | None = None) -> None:
+    with opened(config, typed):
         pass
 
 
@@ -106,12 +109,35 @@ def test_too_little_memory_is_told_with_figures(tmp_path: Path, base_model: Path
         check(small_config(tmp_path, base_model, collect__workers=10**5))
 
 
-def test_round_zero_is_not_trained(config: Config) -> None:
+@pytest.mark.parametrize("stage", ["collect", "train"])
+def test_round_zero_is_the_base(config: Config, stage: str) -> None:
     with opened(config) as rounds, pytest.raises(ConfigError, match="round 0 is the base"):
-        rounds.train(0)
+        getattr(rounds, stage)(0)
 
 
-def test_the_report_has_what_is_known_so_far(config: Config) -> None:
+def test_a_round_whose_way_there_has_too_few_prompts_is_refused_before_anything_starts(
+    tmp_path: Path, base_model: Path
+) -> None:
+    source = tmp_path / "questions.jsonl"
+    source.write_text("\n".join(json.dumps({"question": f"How many is {i} and {i + 1}?"}) for i in range(200)))
+    prompts = {"source": str(source), "per_round": 40, "held_out": 5, "grader": "none"}
+    config = small_config(tmp_path / "runs", base_model, rounds=3, prompts=prompts, evaluate__prompts=5)
+    with pytest.raises(PromptsError, match="collecting up to round 9 needs 360 distinct training prompts"):
+        begun(config, Typed(round=9))
+    assert not (tmp_path / "runs").exists()
+    begun(config, Typed(round=4))
+
+
+def test_what_comes_next_is_said_with_the_settings_in_use(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    Path(config.model_dir(1)).mkdir(parents=True)
+    typed = Typed(Path("mine.yaml"), ("name=small",), round=1)
+    with caplog.at_level("INFO"), opened(config, typed) as rounds:
+        rounds.train(1)
+    assert "model 1 is trained already; next: make evaluate CONFIG=mine.yaml ROUND=1 SET=name=small" in caplog.text
+
+
+def evaluated(config: Config) -> None:
+    """Save an evaluation of the base."""
     mode = ModeResult(accuracy=0.5, tpf=1.5, tps=100.0, same_as_ar=1.0)
     save_evaluation(
         config,
@@ -122,8 +148,9 @@ def test_the_report_has_what_is_known_so_far(config: Config) -> None:
             rejected=0,
             speed_prompts=1,
             ar=mode,
-            jacobi=mode,
-            multiblock=mode,
+            jacobi=mode.model_copy(update={"tps": 150.4}),
+            multiblock=mode.model_copy(update={"tpf": 2.5, "tps": 175.6}),
+            tps_transformers=120.0,
             agreement_with_base=1.0,
             responses_same_as_base=1.0,
             unfinished=0,
@@ -134,6 +161,10 @@ def test_the_report_has_what_is_known_so_far(config: Config) -> None:
             responses={},
         ),
     )
+
+
+def test_the_report_has_what_is_known_so_far(config: Config) -> None:
+    evaluated(config)
     write_report(config)
     (row,) = json.loads((config.run_dir / "report.json").read_text())["rounds"]
     assert list(row) == [
@@ -143,3 +174,18 @@ def test_the_report_has_what_is_known_so_far(config: Config) -> None:
         *("seconds_collect", "seconds_train"),
     ]
     assert row["tpf_jacobi"] == 1.5 and row["seconds_train"] == 0 and row["block_size"] is None
+
+
+def test_the_report_as_the_readme_has_it(config: Config) -> None:
+    evaluated(config)
+    (config.run_dir / "collecting").mkdir()
+    (config.run_dir / "collecting" / "round-001.json").write_text('{"seconds": 61.6}')
+    settings = config.runs_dir.with_name("small.yaml")
+    settings.write_text(config.to_yaml())
+    done = run(sys.executable, "-m", "jf_cluster", "report", "--markdown", "--config", str(settings))
+    assert done.stdout == (
+        "| round | block size | samples | iterations per block | TPF Jacobi | TPF multi-block | TPS AR | TPS Jacobi "
+        "| TPS multi-block | speed-up | accuracy | agreement with base | seconds collect | seconds train |\n"
+        f"|{' --- |' * 14}\n"
+        "| 0 | - | - | - | 1.50 | 2.50 | 100 | 150 | 176 | 1.25 | 50.0% | 100.0% | 62 | 0 |\n"
+    )

@@ -1,0 +1,69 @@
+"""What the driver says and keeps of a round's training, with real ranks started without Ray; a round made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from jf_cluster.config import Config
+from jf_cluster.tracking import Tracker
+from jf_cluster.train import driver, train_round
+from jf_cluster.train.worker import RankJob, run_rank
+from tests.train.conftest import Ranks, seal
+
+
+def test_a_round_made_again_has_curves_and_times_of_its_own(
+    configured: Callable[..., Config], ranks: Ranks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run_ranks(config: Config, job: RankJob, storage: Path) -> None:
+        ranks.call(run_rank, 1, job)
+
+    monkeypatch.setattr(driver, "run_ranks", run_ranks)
+    config = configured(steps=4, workers=1)
+    seal(config)
+    tracker = Tracker.open(config)
+    with caplog.at_level("INFO"):
+        train_round(config, 1, tracker)
+    assert "training round 1 from model 0: 24 trajectories, 4 steps, 1 ranks" in caplog.text
+    first, training = tracker.stage_run(1, "train"), config.run_dir / "training"
+    lines = (training / "round-001.steps.jsonl").read_text().splitlines()
+    hours = [json.dumps(json.loads(line) | {"seconds": 3600.0}) for line in lines]
+    (training / "round-001.steps.jsonl").write_text("\n".join(hours) + "\n")
+
+    shutil.rmtree(config.model_dir(1))
+    train_round(config, 1, tracker)
+    second = tracker.stage_run(1, "train")
+    assert second is not None and second != first
+    history = MlflowClient(tracker.uri).get_metric_history(second, "train/loss")
+    assert sorted(point.step for point in history) == [1, 2, 3, 4]
+    assert json.loads((training / "round-001.json").read_text())["seconds"] < 3600, "without the first one's"
+
+
+def test_a_training_that_goes_on_counts_the_steps_before(
+    configured: Callable[..., Config], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between its summary and its model, it has a checkpoint: nothing is forgotten."""
+
+    def run_ranks(config: Config, job: RankJob, storage: Path) -> None:
+        ranks.call(run_rank, 1, job)
+
+    monkeypatch.setattr(driver, "run_ranks", run_ranks)
+    config = configured(steps=4, workers=1)
+    seal(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_publish", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_round(config, 1, Tracker.open(config))
+    summary = config.run_dir / "training" / "round-001.json"
+    steps_s = json.loads(summary.read_text())["step_seconds"]
+    train_round(config, 1, Tracker.open(config))
+    assert json.loads(summary.read_text())["seconds"] > steps_s
+
+
+def _interrupted(partial: Path, target: Path) -> None:
+    raise KeyboardInterrupt
