@@ -65,8 +65,8 @@ def run_ranks(config: Config, job: RankJob, storage: Path) -> None:
             restarts += 1
             if restarts > config.train.max_restarts:
                 raise TrainingError(
-                    f"training round {job.round_number} failed after {config.train.max_restarts} restart(s) that came to "
-                    "no newer checkpoint; the same command goes on from the last one once the cause is removed: "
+                    f"training round {job.round_number} failed after {config.train.max_restarts} restart(s) that came "
+                    "to no newer checkpoint; the same command goes on from the last one once the cause is removed: "
                     f"{reason}"
                 ) from error
             logger.warning(
