@@ -23,7 +23,7 @@ NOT_BENCHMARKS = {
 }
 """Parts of benchmarks; the ablation, which takes hours and a directory for its cells; the list for a GPU."""
 
-NEEDS = {"scale": "ray"}
+NEEDS = {"planning": "ray", "scale": "ray"}
 """What the environment must have for a benchmark to be run; the machines with GPUs have torch and no Ray."""
 
 _HEAD = """# Benchmarks
