@@ -27,7 +27,7 @@ NOT_BENCHMARKS = {
 """Parts of benchmarks; what takes long and a directory for its results, the ablation and end to end; a GPU's list."""
 BENCHMARKS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_BENCHMARKS)
 
-NEEDS = {"scale": "ray"}
+NEEDS = {"planning": "ray", "scale": "ray"}
 """What the environment must have for a benchmark to be run; the machines with GPUs have torch and no Ray."""
 
 _HEAD = """# Benchmarks

@@ -227,7 +227,7 @@ class TrainConfig(Section):
     export: Literal["last", "best"] = "last"
     """Publish the weights of the last step, or of the checkpoint whose steps before it had the lowest mean loss."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Times the group of workers is restarted from the last checkpoint after a failure."""
+    """Times the group of workers is restarted from the last checkpoint after a failure, until there is a newer one."""
     zero: ZeroConfig = ZeroConfig()
 
     def learning_rate_of(self, round_number: int) -> float:

@@ -6,15 +6,16 @@ not there yet; so the round takes as long as the longer of the two, and its mode
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from jf_cluster.collect import collect_round
 from jf_cluster.collect.collecting import Undertaking
 from jf_cluster.collect.crew import Crew
 from jf_cluster.config import Config
-from jf_cluster.stopping import Terminated
+from jf_cluster.stopping import Terminated, ask_to_stop
 from jf_cluster.tracking import Tracker
 from jf_cluster.train import Arriving, stop_request, train_round
 from trajectory_store import Manifest
@@ -34,13 +35,21 @@ def collect_and_train(config: Config, round_number: int, tracker: Tracker, crew:
     def collect() -> Manifest:
         return collect_round(config, round_number, tracker, crew=crew, undertaking=undertaking, stop=stop)
 
+    request = stop_request(config, round_number)
+
+    def sealed() -> Manifest:
+        while not wait([collecting], timeout=ASK_EVERY_S).done:
+            if request.exists():  # and no rank is left that could see it
+                raise Terminated
+        return collecting.result()
+
     trained = threading.Event()
     with ThreadPoolExecutor(2, "pipeline") as pool:
         collecting = pool.submit(collect)
-        pool.submit(_stop_training, collecting, stop_request(config, round_number), trained)
+        pool.submit(_stop_training, collecting, request, trained)
         try:
             prompt_ids = undertaking.prompts.ids()
-            train_round(config, round_number, tracker, Arriving(undertaking.provenance, prompt_ids, collecting.result))
+            train_round(config, round_number, tracker, Arriving(undertaking.provenance, prompt_ids, sealed))
         except BaseException as error:
             if isinstance(error, Terminated) and collecting.done() and (cause := collecting.exception()):
                 raise cause from None  # the training was stopped because of it
@@ -54,4 +63,5 @@ def _stop_training(collecting: Future[Manifest], request: Path, trained: threadi
     """Ask the ranks to stop when the collecting has failed; again and again, since a new start withdraws a request."""
     if collecting.exception() is not None:
         while not trained.wait(ASK_EVERY_S):
-            request.touch()
+            with contextlib.suppress(OSError):  # nobody works yet, or the disk is what collecting failed for
+                ask_to_stop(request)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -49,30 +50,62 @@ def was_terminated(error: KeyboardInterrupt) -> bool:
     return isinstance(error, Terminated) or _stopped
 
 
+def ask_to_stop(request: Path) -> None:
+    """Leave the file ``request`` for whoever works in a block of :func:`stops_through`; again changes nothing.
+
+    Raises:
+        OSError: there is no such block, or the file system does not answer.
+    """
+    if not request.exists():
+        _reserved(request).rename(request)
+
+
 @contextmanager
 def stops_through(request: Path) -> Iterator[None]:
     """While the block runs, SIGTERM only leaves the file ``request``, which whoever does the work looks for.
 
-    A second SIGTERM stops at once. A request nobody came to is honoured at the end of the block.
+    A second SIGTERM stops at once, as does one that cannot be passed on. A request nobody came to is honoured at the
+    end of the block.
 
     Raises:
         Terminated: SIGTERM came.
     """
+    reserved = _reserved(request)
+    reserved.touch()  # a disk may be full just when it is time to stop, and a new name needs no room
     request.unlink(missing_ok=True)  # of an earlier process
-    if threading.current_thread() is not threading.main_thread():  # only that one can handle signals
-        yield
-        return
 
-    def ask(_: int, __: FrameType | None) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
         logger.info("stopping after this step; once more to stop at once")
         signal.signal(signal.SIGTERM, stop_at_once)
-        request.touch()
+        try:
+            ask_to_stop(request)
+        except OSError as error:
+            logger.warning("nobody can be asked to stop after this step, so it is now: %s", error)
+            stop_at_once(number, frame)
 
+    try:
+        with _handled_by(ask):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            reserved.unlink(missing_ok=True)
+    if request.exists():
+        raise Terminated
+
+
+def _reserved(request: Path) -> Path:
+    return request.with_name(f".{request.name}")
+
+
+@contextmanager
+def _handled_by(ask: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let ``ask`` handle SIGTERM in the main thread; only that one can handle signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before, interrupt = signal.signal(signal.SIGTERM, ask), signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, interrupt)  # Ray Train leaves one of its own that waits for a trainer long gone
-    if request.exists():
-        raise Terminated

@@ -145,6 +145,16 @@ def test_stages_at_work_together_are_all_shown(config: Config) -> None:
     assert not list(config.run_dir.glob(FILE.format(stage="[ct]*"))), "what is over is forgotten"
 
 
+def test_stages_that_begin_together_may_clear_up_the_same(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    with working(config.run_dir, 1, "evaluate"):
+        pass
+    (over,) = read_activity(config.run_dir)
+    (config.run_dir / FILE.format(stage="evaluate")).unlink()  # by the other stage, after this one has read it
+    monkeypatch.setattr("jf_cluster.tracking.activity._recorded", lambda _: [over])
+    with working(config.run_dir, 1, "train"):
+        pass
+
+
 def test_only_the_last_troubles_are_shown(config: Config) -> None:
     with kept_log(config.run_dir):
         for number in range(2000):

@@ -10,6 +10,7 @@ import hashlib
 import heapq
 import itertools
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Iterable
 from functools import cached_property
@@ -90,7 +91,7 @@ class ArrivingRows:
         Args:
             prompt_ids: of all prompts of the round, in any order; each will be committed or rejected. An array that
                 is in order already is used as it is, so it may lie in a file mapped into memory.
-            poll_s: time between looks for new shards.
+            poll_s: time between looks for new shards, up to ten times as much when nothing came for long.
         """
         self._round, self._poll_s, self._given_up = round_, poll_s, threading.Event()
         self._ids = sorted_ids(prompt_ids)
@@ -98,6 +99,10 @@ class ArrivingRows:
         self._shard = np.full(len(self._ids), -1, np.int32)
         self._batch, self._row = np.zeros_like(self._shard), np.zeros_like(self._shard)
         self._shards: list[str] = []
+        self._seen: set[str] = set()
+        """The same, to look them up."""
+        self._rejected: set[str] = set()
+        """Prompts known to be given up on."""
         self._placed = PlacedRows(round_)
         self._sealed: SealedRows | None = None
 
@@ -111,8 +116,11 @@ class ArrivingRows:
             StoreError: the round was sealed with other prompts than were announced, or is damaged.
             WaitInterruptedError: the wait was given up.
         """
+        heard = time.monotonic()
         while self._sealed is None and not self._settled[rows].all():
-            if not self._look() and self._given_up.wait(self._poll_s):
+            if self._look():
+                heard = time.monotonic()
+            elif self._given_up.wait(pause_s(self._poll_s, time.monotonic() - heard)):
                 raise WaitInterruptedError(f"the wait for rows of {self._round.folder.path} was given up")
         return self._sealed.present(rows) if self._sealed is not None else self._shard[rows] >= 0
 
@@ -146,12 +154,15 @@ class ArrivingRows:
                     f"{len(self._ids)} it was to have: somebody else wrote to it"
                 )
             return True
-        known = len(self._shards)
-        for shard in sorted(set(self._round.shard_names()) - set(self._shards)):
+        news = False
+        for shard in self._round.shard_names():
+            if shard in self._seen:
+                continue
             try:
                 places = list(rows_of(self._round, shard))
             except MissingShardError:  # withdrawn
                 continue
+            self._seen.add(shard)
             self._shards.append(shard)
             for place in places:
                 number = self._number(place.prompt_id)
@@ -162,14 +173,25 @@ class ArrivingRows:
                         place.row,
                     )
                     self._settled[number] = True
-        rejects = [number for reject in self._round.rejects() if (number := self._number(reject)) is not None]
-        fresh = bool(rejects) and not self._settled[rejects].all()
-        self._settled[rejects] = True
-        return fresh or len(self._shards) > known
+            news = True
+        for prompt_id in self._round.rejects().keys() - self._rejected:
+            self._rejected.add(prompt_id)
+            if (number := self._number(prompt_id)) is not None and not self._settled[number]:
+                self._settled[number] = news = True
+        return news
 
     def _number(self, prompt_id: str) -> int | None:
         number = bisect_left(range(len(self._ids)), prompt_id, key=lambda place: self._ids[place].as_py())
         return number if number < len(self._ids) and self._ids[number].as_py() == prompt_id else None
+
+
+def pause_s(poll_s: float, waited_s: float) -> float:
+    """Time to the next look after nothing new was seen for ``waited_s``: a tenth of it, within limits.
+
+    So a wait is longer by a tenth at most, and hundreds of readers do not list a folder of thousands of shards each
+    second.
+    """
+    return min(max(poll_s, waited_s / 10), 10 * poll_s)
 
 
 class WaitInterruptedError(StoreError):

@@ -72,6 +72,10 @@ class Round:
     """Prompt ids of shards read before: a shard never changes, so asking again reads only new ones."""
     _known_rejects: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
     """Prompt id and reason by file; a reject never changes either."""
+    _hashed: set[str] = field(default_factory=set, repr=False, compare=False)
+    """Shards whose prompt ids are in ``_hashes``."""
+    _hashes: set[int] = field(default_factory=set, repr=False, compare=False)
+    """64 bits of each committed prompt id: most questions are answered without looking at the ids."""
 
     def writer(
         self,
@@ -145,18 +149,24 @@ class Round:
         Raises:
             CorruptShardError: names a damaged shard. Delete that file and its prompts are collected again.
         """
-        return PromptIds(self._ids_of_shards())
+        return PromptIds(self._ids_of_shards().values())
 
     def has_committed(self, prompt_id: str) -> bool:
-        """Whether a prompt is in a published shard; errors as ``committed_ids``."""
-        return any(pc.index(ids, prompt_id).as_py() >= 0 for ids in self._ids_of_shards())
+        """Whether a prompt is in a published shard; errors as ``committed_ids``. Asking again reads new shards only."""
+        shards = self._ids_of_shards()
+        for name in shards.keys() - self._hashed:
+            self._hashes.update(map(_hash, shards[name].to_pylist()))
+            self._hashed.add(name)
+        return _hash(prompt_id) in self._hashes and any(
+            pc.index(ids, prompt_id).as_py() >= 0 for ids in shards.values()
+        )
 
-    def _ids_of_shards(self) -> list[pa.Array]:
+    def _ids_of_shards(self) -> dict[str, pa.Array]:
         names = self.shard_names()
         unknown = [name for name in names if name not in self._known_ids]
         with ThreadPoolExecutor(READ_THREADS) as pool:
             self._known_ids.update(zip(unknown, pool.map(self._ids_of, unknown), strict=True))
-        return [self._known_ids[name] for name in names]
+        return {name: self._known_ids[name] for name in names}
 
     def _ids_of(self, name: str) -> pa.Array:
         file = ShardFile(self.folder, name, ["prompt_id"])
@@ -262,3 +272,8 @@ class Round:
             raise InvalidNameError(f"provenance is of round {provenance.round_number}, this is round {self.number}")
         if not self.folder.create(PROVENANCE_NAME, (provenance.to_json() + "\n").encode()):
             self.provenance.require_same_origin(provenance, self.folder.path)
+
+
+def _hash(prompt_id: str) -> int:
+    # Not Python's own, which differs between processes: a round may be pickled.
+    return int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=8).digest(), "little")

@@ -171,15 +171,16 @@ class Crew:
         """What a method of a job gives, on one host; a host that fails is not used again.
 
         Raises:
-            ray.exceptions.RayError: the host died, the method failed, or no answer came in time.
+            ray.exceptions.RayError: the host died, it could not take up the job, the method failed, or no answer came
+                in time.
         """
-        host, _ = self.start(job, *arguments)
+        host, ready = self.start(job, *arguments)
         deadline = time.monotonic() + timeout_s
         try:
-            task = host.call.remote(method, *given)
-            while not ray.wait([task], timeout=POLL_S)[0] and time.monotonic() < deadline:
-                raise_if_asked()
-            answer = ray.get(task, timeout=0)
+            for task in (ready, host.call.remote(method, *given)):
+                while not ray.wait([task], timeout=POLL_S)[0] and time.monotonic() < deadline:
+                    raise_if_asked()
+                answer = ray.get(task, timeout=0)
         except BaseException:
             ray.kill(host)
             raise

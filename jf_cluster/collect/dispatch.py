@@ -163,7 +163,7 @@ class Dispatcher(Generic[T, R]):
         """Work through all batches; ends when every item is safe or given up.
 
         Raises:
-            DispatchError: workers cannot be started.
+            DispatchError: workers cannot be started, or cannot take up their work or end it.
         """
         begun = time.monotonic()
         self._fresh = (_Batch(items) for items in batches)
@@ -190,7 +190,7 @@ class Dispatcher(Generic[T, R]):
                     late_at = time.monotonic() + POLL_S
                 while self._idle and self._more():
                     self._give(self._idle.popleft())
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, GeneratorExit):  # the latter when it came while the caller had an event
             self._save()
             raise
         finally:
@@ -211,7 +211,7 @@ class Dispatcher(Generic[T, R]):
         self._largest = max(self._largest, len(fresh.items))
 
     def _save(self) -> None:
-        """Have workers put on disk what they hold, before they are killed because the run was interrupted."""
+        """Have workers put on disk what they hold, before they are killed because the run is left early."""
         tasks = [slot.actor.finish.remote() for slot in self._slots if slot.held]
         if tasks:
             ray.wait(tasks, num_returns=len(tasks), timeout=SAVE_S)
@@ -259,8 +259,14 @@ class Dispatcher(Generic[T, R]):
             return
         except RayTaskError as error:
             cause = error.cause
-            if isinstance(cause, self._fatal) or slot.batch is None:
+            if isinstance(cause, self._fatal):
                 raise cause from error
+            if slot.batch is None:  # the next worker would meet it again
+                what = "make safe what it had done" if slot.finishing else "take up its work"
+                raise DispatchError(
+                    f"worker {slot.number} could not {what}: {type(cause).__name__}: {first_line(cause)}; the same "
+                    "command carries on once the cause is removed"
+                ) from error
             # The worker lives on, but what the failed batch left in it cannot be trusted.
             yield from self._lose(slot, f"{type(cause).__name__}: {first_line(cause)}")
             return

@@ -100,6 +100,7 @@ def working(run_dir: Path, round_number: int, stage: str) -> Iterator[Activity]:
     """Say that a stage runs, and in the end how it went."""
     for earlier in _recorded(run_dir):
         if not earlier.alive:  # ended, or killed and carried on from now
+            # Stages of a pipelined round begin at the same time, and each clears up.
             (run_dir / FILE.format(stage=earlier.stage)).unlink(missing_ok=True)
     began = time.time()
     activity = Activity(

@@ -21,6 +21,7 @@ from jf_cluster.config import Config
 from jf_cluster.jacobi.packing import PackedBatch, collate
 from jf_cluster.jacobi.samples import Noise, build_sample, sample_length
 from jf_cluster.train.plan import MicroBatch, TrainingPlan
+from jf_cluster.train.sharing import Work, alone
 
 if TYPE_CHECKING:
     from trajectory_store import ArrivingRows, SealedRows, Trajectory
@@ -48,24 +49,37 @@ class BatchSource:
     """Builds the micro-batches of one rank, the next step's while the current one is being computed."""
 
     def __init__(
-        self, rows: SealedRows | ArrivingRows, config: Config, round_number: int, device: torch.device
+        self,
+        rows: SealedRows | ArrivingRows,
+        config: Config,
+        round_number: int,
+        device: torch.device,
+        share: Callable[[int, Work], NDArray[np.int64]] = alone,
     ) -> None:
+        """``share`` has the ranks look at each other's rows instead of all at all; see jf_cluster.train.sharing."""
         self._rows, self._seed, self._round, self._device = rows, config.seed, round_number, device
         self._noise = Noise(**config.noise.model_dump())
+        self._share = share
 
     def lengths(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Exact tokens of each row's sample in an epoch, int64[R]: what the plan packs by; 0 for prompts given up on.
 
-        The draw is keyed, so it can be made ahead and only its length kept; the rows read for it stay in the reader's
-        cache for the batches built from them next.
+        The draw is keyed, so it can be made ahead, by whatever rank, and only its length kept.
         """
-        return np.array(
-            [
-                sample_length(*self._drawn_from(epoch, int(row))) if present else 0
-                for row, present in zip(rows, self._rows.present(rows), strict=True)
-            ],
-            dtype=np.int64,
-        )
+
+        def of(part: slice) -> NDArray[np.int64]:
+            # All rows are waited for, not this rank's only: who has them would wait for the others' in their exchange,
+            # which has a time limit.
+            present = self._rows.present(rows)[part]
+            return np.array(
+                [
+                    sample_length(*self._drawn_from(epoch, int(row))) if there else 0
+                    for row, there in zip(rows[part], present, strict=True)
+                ],
+                dtype=np.int64,
+            )
+
+        return self._share(len(rows), of)
 
     def _drawn_from(self, epoch: int, row: int) -> tuple[Trajectory, int, Noise, np.random.Generator]:
         trajectory = self._rows[row]

@@ -11,6 +11,7 @@ becomes empty from the sequence: what comes before that step stays as it was, an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -37,8 +38,8 @@ class TrainingPlan:
     Args:
         count: N, rows of the round.
         lengths: called with an epoch and rows, int[R], gives their samples' tokens, int[R], 0 for rows without a
-            sample; a pure function, asked for one window of rows at a time and only when the plan comes to it, so it
-            may wait for rows that are still being collected.
+            sample; a pure function, asked for whole windows of rows, no more of them than the step that is drawn is
+            likely to need, so it may wait for rows that are still being collected.
         seed: of the order; the same on every rank.
         token_budget: most tokens in one micro-batch; a longer sample has a micro-batch to itself.
         micro_batches_per_step: G, over all ranks.
@@ -66,13 +67,15 @@ class TrainingPlan:
         self._source = self._generate()
         self._drawn: list[MicroBatch] = []
         self._first = 0  # position of _drawn[0] in the sequence
+        self._missing = 0  # micro-batches of the step that is being drawn
 
     def step(self, step: int) -> tuple[MicroBatch, ...]:
         """The G micro-batches of optimizer step ``step`` (from 0), in order. Cheap when called for rising steps."""
         begin, end = step * self._per_step, (step + 1) * self._per_step
         if begin < self._first:  # going back: the sequence is cheap to make again, and not worth keeping
             self._source, self._drawn, self._first = self._generate(), [], 0
-        while self._first + len(self._drawn) < end:
+        while (missing := end - self._first - len(self._drawn)) > 0:
+            self._missing = missing
             self._drawn.append(next(self._source))
             excess = min(begin - self._first, len(self._drawn))
             if excess > 4 * self._window:
@@ -102,19 +105,24 @@ class TrainingPlan:
                 position += 1
 
     def _packed(self) -> Iterator[MicroBatch]:
-        count, epoch = self._count, 0
+        count, epoch, of_window = self._count, 0, self._per_step
         never = {row for _, rows in self._left_out for row in rows}
         while True:
             found = False
-            for number, rows in enumerate(order_windows(count, self._seed, epoch, self._window)):
-                lengths = self._lengths(epoch, rows)
-                rows, lengths = rows[lengths > 0], lengths[lengths > 0]
-                found = found or not never.issuperset(rows.tolist())
-                packed = pack(lengths.tolist(), self._budget)
-                # Packing sorts by length; without a shuffle every window would run from long samples to short ones.
-                mixed = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch, number))))
-                for k in mixed.permutation(len(packed)):
-                    yield MicroBatch(epoch, tuple(int(rows[i]) for i in packed[k]))
+            windows = enumerate(order_windows(count, self._seed, epoch, self._window))
+            # Ranks share the work on the lengths (sharing.py): a step of many ranks must not take many exchanges.
+            while some := list(itertools.islice(windows, max(1, self._missing // of_window))):
+                ends = np.cumsum([len(rows) for _, rows in some])
+                of_some = self._lengths(epoch, np.concatenate([rows for _, rows in some]))
+                for (number, rows), lengths in zip(some, np.split(of_some, ends[:-1]), strict=True):
+                    rows, lengths = rows[lengths > 0], lengths[lengths > 0]
+                    found = found or not never.issuperset(rows.tolist())
+                    packed = pack(lengths.tolist(), self._budget)
+                    of_window = max(1, len(packed))
+                    # Packing sorts by length; without a shuffle every window would run from long samples to short.
+                    mixed = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch, number))))
+                    for k in mixed.permutation(len(packed)):
+                        yield MicroBatch(epoch, tuple(int(rows[i]) for i in packed[k]))
             if not found:
                 raise ValueError("a plan needs at least one sample")
             epoch += 1

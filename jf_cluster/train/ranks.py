@@ -43,9 +43,10 @@ def run_ranks(config: Config, job: RankJob, storage: Path) -> None:
     """Start the ranks until they return: with an export, a new line in the record of skips, or asked to stop.
 
     Raises:
-        TrainingError: they failed more often than train.max_restarts, for a reason that stays, or have no room.
+        TrainingError: they failed more often than train.max_restarts without a newer checkpoint in between, for a
+            reason that stays, or have no room.
     """
-    restarts, no_room_since = 0, None
+    restarts, reached, no_room_since = 0, _reached(job), None
     while not Path(job.stop).exists():  # asked to stop while there was nobody who could look
         try:
             _start(config, job, storage)
@@ -59,11 +60,14 @@ def run_ranks(config: Config, job: RankJob, storage: Path) -> None:
                     f"training round {job.round_number} stopped: {lasting}; the same command goes on from the last "
                     "checkpoint once the cause is removed"
                 ) from error
+            if (now := _reached(job)) > reached:  # a long run meets many accidents, each of which may be the first
+                restarts, reached = 0, now
             restarts += 1
             if restarts > config.train.max_restarts:
                 raise TrainingError(
-                    f"training round {job.round_number} failed after {config.train.max_restarts} restart(s); the same "
-                    f"command goes on from the last checkpoint once the cause is removed: {reason}"
+                    f"training round {job.round_number} failed after {config.train.max_restarts} restart(s) that came "
+                    "to no newer checkpoint; the same command goes on from the last one once the cause is removed: "
+                    f"{reason}"
                 ) from error
             logger.warning(
                 "a rank of round %d failed (%s): restart %d of %d from the last checkpoint",
@@ -85,6 +89,11 @@ def run_ranks(config: Config, job: RankJob, storage: Path) -> None:
                 "the ranks of round %d find no room (%s); waiting for a node", job.round_number, _resources(config)
             )
             time.sleep(POLL_S)
+
+
+def _reached(job: RankJob) -> int:
+    """Step of the last whole checkpoint."""
+    return max((checkpoint.step for checkpoint in whole_checkpoints(Path(job.checkpoints))), default=0)
 
 
 def _start(config: Config, job: RankJob, storage: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
@@ -23,6 +24,7 @@ INIT_METHOD = "JF_INIT_METHOD"
 
 def _announce(init_method: str) -> None:
     import ray.train
+    import ray.util
 
     context = ray.train.get_context()
     os.environ[INIT_METHOD] = init_method
@@ -30,10 +32,19 @@ def _announce(init_method: str) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         os.environ["MASTER_ADDR"] = "127.0.0.1"
+    elif (interface := _interface_of(ray.util.get_node_ip_address())) is not None:
+        # Gloo would take the host name's address, which often is a loopback one. The ranks plan over it (sharing.py).
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ["RANK"] = str(context.get_world_rank())
     os.environ["WORLD_SIZE"] = str(context.get_world_size())
     os.environ["LOCAL_RANK"] = str(context.get_local_rank())
     os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface of this machine that has an address."""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, bound in interfaces if any(each.address == address for each in bound)), None)
 
 
 def _node_and_meeting_file() -> tuple[str, str]:

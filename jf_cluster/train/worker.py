@@ -150,11 +150,13 @@ def _steps(job: RankJob, config: Config, group: Group, ranks: DeepSpeedEngine, s
     from jf_cluster.train import checkpoints
     from jf_cluster.train.batches import BatchSource
     from jf_cluster.train.plan import TrainingPlan
+    from jf_cluster.train.sharing import Sharing, alone
     from jf_cluster.train.step import peak_memory_bytes, train_step
 
     train = config.train
     rows = _rows(job, config)
-    source = BatchSource(rows, config, job.round_number, group.device)
+    share = Sharing(group.rank, group.world_size) if group.world_size > 1 else alone
+    source = BatchSource(rows, config, job.round_number, group.device, share)
     plan = TrainingPlan(
         len(rows),
         source.lengths,

@@ -1,4 +1,4 @@
-"""What giving out work costs the driver: the same for every answer, however many workers and batches there are."""
+"""Giving out work: what it costs the driver, the same for every answer, and how it ends when it cannot go on."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.actor import ActorHandle
 
 from jf_cluster.collect import dispatch
-from jf_cluster.collect.dispatch import Dispatcher, Done, Report
+from jf_cluster.collect.crew import Crew, WorkerModels
+from jf_cluster.collect.dispatch import Dispatcher, DispatchError, Done, Report
+from jf_cluster.models import ModelError
+from tests.flow.conftest import small_config
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -79,6 +84,74 @@ def dispatched(workers: int) -> tuple[int, int, int]:
             answers += 1
             ahead = max(ahead, made - answers)
     return lines.count, answers, ahead
+
+
+class Broken(Answering):
+    """Works, but cannot begin or end."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    async def ready(self) -> None:
+        if self.at == "ready":
+            raise MemoryError("CUDA out of memory\nand much more")
+
+    async def finish(self) -> list[str]:
+        if self.at == "finish":
+            raise MemoryError("CUDA out of memory\nand much more")
+        return await super().finish()
+
+
+@pytest.mark.parametrize(("at", "what"), [("ready", "take up its work"), ("finish", "make safe what it had done")])
+def test_what_no_other_worker_would_do_better_ends_the_run_in_one_line(at: str, what: str) -> None:
+    def start(_: int) -> tuple[ActorHandle, ray.ObjectRef]:
+        actor = ray.remote(num_cpus=0)(Broken).remote(at)
+        return actor, actor.ready.remote()
+
+    dispatcher: Dispatcher[Item, int] = Dispatcher(start, workers=1, timeout_s=120, max_attempts=3)
+    with pytest.raises(DispatchError) as raised:
+        list(dispatcher.run([[Item("10")]]))
+    assert str(raised.value) == (
+        f"worker 0 could not {what}: MemoryError: CUDA out of memory; the same command carries on once the cause is "
+        "removed"
+    )
+
+
+class Saving(Answering):
+    """Tells when it is asked to make safe what it holds."""
+
+    def __init__(self, told: Path) -> None:
+        self.told = told
+
+    async def finish(self) -> list[str]:
+        self.told.touch()
+        return await super().finish()
+
+
+def test_what_is_held_is_saved_when_the_interrupt_comes_while_the_caller_has_an_event(tmp_path: Path) -> None:
+    def start(_: int) -> tuple[ActorHandle, ray.ObjectRef]:
+        actor = ray.remote(num_cpus=0)(Saving).remote(tmp_path / "saved")
+        return actor, actor.ready.remote()
+
+    dispatcher: Dispatcher[Item, int] = Dispatcher(start, workers=1, timeout_s=120, max_attempts=3)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in dispatcher.run([[Item("10")], [Item("20")]]):
+            assert not (tmp_path / "saved").exists()
+            raise KeyboardInterrupt
+    assert (tmp_path / "saved").exists()
+
+
+class Unable:
+    """A job that cannot be taken up."""
+
+    def __init__(self, models: WorkerModels) -> None:
+        raise ModelError("the model is missing")
+
+
+def test_a_host_says_why_it_could_not_take_up_a_job(tmp_path: Path, base_model: Path) -> None:
+    crew = Crew(small_config(tmp_path, base_model, collect__cpus_per_worker=0))
+    with pytest.raises(ModelError, match="the model is missing"):
+        crew.ask(60, Unable, (), "look")  # type: ignore[arg-type]
 
 
 def test_an_answer_costs_the_same_with_many_workers_and_batches_are_made_when_they_are_due() -> None:

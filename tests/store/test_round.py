@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from tests.store.conftest import make_provenance, make_trajectory
@@ -152,6 +153,23 @@ def test_committed_ids_see_new_shards(round_: Round, provenance: Provenance) -> 
     write(round_, provenance, ["c"])
     assert round_.committed_ids() == {"a", "b", "c"}
     assert pickle.loads(pickle.dumps(round_)).committed_ids() == {"a", "b", "c"}
+
+
+def test_whether_a_prompt_is_committed_is_looked_up(
+    round_: Round, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with round_.writer(provenance) as writer:
+        writer.append(make_trajectory("a"))
+    assert round_.has_committed("a")
+    scanned = []
+    monkeypatch.setattr(pc, "index", lambda ids, prompt_id: scanned.append(prompt_id))
+    assert not any(round_.has_committed(f"b{number}") for number in range(100))
+    assert not scanned, "the ids are not gone through for each prompt"
+    monkeypatch.undo()
+    with round_.writer(provenance) as writer:
+        writer.append(make_trajectory("b"))
+    elsewhere = pickle.loads(pickle.dumps(round_))
+    assert round_.has_committed("b") and elsewhere.has_committed("a") and not elsewhere.has_committed("c")
 
 
 def test_rejects_are_kept_once_and_counted(round_: Round, provenance: Provenance) -> None:

@@ -19,7 +19,7 @@ from trajectory_store import (
     WaitInterruptedError,
 )
 from trajectory_store.compact import compact_round
-from trajectory_store.rows import digest_of
+from trajectory_store.rows import digest_of, pause_s
 
 IDS = [f"p{i:02d}é" for i in range(20)]
 REJECTED = {IDS[0], IDS[7], IDS[8], IDS[19]}
@@ -84,6 +84,28 @@ def test_other_prompts_than_announced_are_an_error(round_: Round, provenance: Pr
     round_.seal(provenance)
     with pytest.raises(StoreError, match="sealed with 20 prompts, which are not the 21"):
         arriving.present(ALL)
+
+
+def test_a_look_costs_what_is_new(round_: Round, provenance: Provenance, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(round_, provenance, IDS[:10], "w1")
+    arriving = ArrivingRows(round_, IDS)
+    number, found = ArrivingRows._number, []
+
+    def counted(self: ArrivingRows, prompt_id: str) -> int | None:
+        found.append(prompt_id)
+        return number(self, prompt_id)
+
+    monkeypatch.setattr(ArrivingRows, "_number", counted)
+    assert arriving._look() and sorted(found) == IDS[:10]
+    found.clear()
+    assert not arriving._look() and not found
+    write(round_, provenance, IDS[10:], "w2")
+    assert arriving._look() and sorted(found) == IDS[10:]
+    assert arriving.present(ALL).tolist() == [prompt_id not in REJECTED for prompt_id in IDS]
+
+
+def test_looks_become_rarer_while_nothing_comes() -> None:
+    assert [pause_s(1.0, waited) for waited in (0, 9, 30, 1000)] == [1, 1, 3, 10]
 
 
 def test_a_wait_can_be_given_up(tmp_path: Path, provenance: Provenance) -> None:

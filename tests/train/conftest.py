@@ -141,11 +141,9 @@ def trajectories(count: int, seed: int = 0, broken: Collection[int] = ()) -> Ite
         yield Trajectory(f"prompt-{number:04d}", prompt, response, True, *arrays)
 
 
-def seal(
-    config: Config, round_number: int = 1, count: int = 24, made_by: str | None = None, broken: Collection[int] = ()
-) -> None:
-    """Write and seal a round as if the model before it had made it."""
-    provenance = Provenance(
+def provenance(config: Config, round_number: int = 1, made_by: str | None = None) -> Provenance:
+    """As if the model before the round had made it."""
+    return Provenance(
         model_hash=made_by or model_hash(config.model_dir(round_number - 1)),
         tokenizer_hash=tokenizer_hash(load_tokenizer(config)),
         block_size=BLOCK,
@@ -154,11 +152,26 @@ def seal(
         code_version="test",
         config={},
     )
+
+
+def write(config: Config, only: Collection[str] | None = None) -> None:
+    """Commit trajectories to round 1, by default all that ``seal`` does."""
+    with TrajectoryStore(config.store_url).round(1).writer(provenance(config)) as writer:
+        for trajectory in trajectories(24):
+            if only is None or trajectory.prompt_id in only:
+                writer.append(trajectory)
+
+
+def seal(
+    config: Config, round_number: int = 1, count: int = 24, made_by: str | None = None, broken: Collection[int] = ()
+) -> None:
+    """Write and seal a round as if the model before it had made it."""
+    origin = provenance(config, round_number, made_by)
     trajectory_round = TrajectoryStore(config.store_url).round(round_number)
-    with trajectory_round.writer(provenance, writer_id="test") as writer:
+    with trajectory_round.writer(origin, writer_id="test") as writer:
         for trajectory in trajectories(count, broken=broken):
             writer.append(trajectory)
-    trajectory_round.seal(provenance)
+    trajectory_round.seal(origin)
 
 
 @pytest.fixture

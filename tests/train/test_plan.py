@@ -76,6 +76,24 @@ def test_rows_are_left_out_from_a_step_on_and_what_is_before_it_stays() -> None:
         TrainingPlan(3, lengths, 1, 200, 4, left_out=[(0, (0, 1)), (5, (1, 2))])
 
 
+def test_lengths_are_asked_for_a_few_times_a_step_however_large_it_is() -> None:
+    """And never for more rows than the step needs, but for the rest of its last window: they may not be there yet."""
+    many = np.random.default_rng(0).integers(10, 100, 4000)
+    for per_step in (1, 8, 64, 512):
+        asked: list[int] = []
+
+        def counted(epoch: int, rows: np.ndarray, asked: list[int] = asked) -> np.ndarray:
+            asked.append(len(rows))
+            return many[rows]
+
+        one = TrainingPlan(len(many), counted, 1, token_budget=200, micro_batches_per_step=per_step, window=16)
+        for step in range(2):
+            del asked[:]
+            before = len(one._drawn) - step * per_step
+            drawn = sum(len(m.rows) for m in one.step(step))
+            assert len(asked) <= 6 and sum(asked) <= drawn + 16 and (step or before == 0)
+
+
 def test_a_long_run_keeps_only_a_few_windows_in_memory() -> None:
     one = plan(window=4)
     for step in range(500):
