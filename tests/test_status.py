@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -171,13 +170,14 @@ def test_the_command_prints_once_or_refreshes(config: Config) -> None:
     assert "8 stages left" in once.stdout
     wide = os.environ | {"COLUMNS": "200"}
     live = subprocess.Popen([*command, "--every", "0.2"], stdout=subprocess.PIPE, text=True, cwd=root, env=wide)
+    assert live.stdout is not None
     try:
-        time.sleep(3)
+        assert any("8 stages left" in line for line in live.stdout)
         commit(config, "a")
         TrajectoryStore(config.store_url).round(1).seal(PROVENANCE)
-        time.sleep(1.5)
+        assert any("7 stages left" in line for line in live.stdout)
     finally:
         live.terminate()
-    assert "7 stages left" in live.communicate(timeout=30)[0]
+        live.communicate(timeout=30)
     missing = subprocess.run([*command, "name=other"], capture_output=True, text=True, timeout=60, cwd=root)
     assert missing.returncode == 2 and "there is no run in" in missing.stderr

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
+import time
 from collections.abc import Callable
+from types import FrameType
 
 import ray
 from ray import serve
@@ -41,9 +42,14 @@ def run_server(options: Options, say: Callable[[str], None]) -> None:
             raise ClusterError(f"port {options.port} on {options.host} cannot be had: {error.strerror}") from error
     # One more for Ray Serve's own actors.
     join_or_start(os.environ.get("RAY_ADDRESS"), options.replicas * options.cpus + 1)
-    stopped = threading.Event()
+    stopped = False
+
+    def stop(_: int, __: FrameType | None) -> None:
+        nonlocal stopped  # an Event has a lock, which the handler might find taken for ever
+        stopped = True
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+        signal.signal(number, stop)
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": options.host, "port": options.port})
         replica = Replica.options(
@@ -59,8 +65,8 @@ def run_server(options: Options, say: Callable[[str], None]) -> None:
             raise ClusterError(f"the server did not come up: {error}") from error
         say(f"decoding: {explanation}")
         say(f"{options.name} answers at http://{options.host}:{options.port}/v1 (Ctrl-C ends it)")
-        while not stopped.wait(1.0):
-            pass
+        while not stopped:
+            time.sleep(0.5)
     finally:
         serve.shutdown()
         ray.shutdown()
