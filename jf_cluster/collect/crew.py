@@ -26,6 +26,8 @@ from jf_cluster.models import ModelError, load_model, model_hash, reload_weights
 from jf_cluster.stopping import raise_if_asked
 
 _HOW = "install the vllm extra in the workers' environment, or set collect.generator=builtin"
+ENDED_WITHIN_S = 10.0
+"""How long ending processes are waited for; somebody else may have taken their cores before that was seen."""
 
 
 class Job(Protocol):
@@ -205,6 +207,17 @@ class Crew:
             own.dismiss()
 
     def dismiss(self) -> None:
-        """End the idle hosts: their memory is free at once."""
+        """End the idle hosts; when this returns their memory is free, unless one takes longer than ENDED_WITHIN_S."""
+        if not self._idle:
+            return
+        free, ended = ray.available_resources(), len(self._idle)
         while self._idle:
-            ray.kill(self._idle.pop())
+            ray.kill(self._idle.pop())  # which does not wait for the process's end; its cores are free after it
+        held = {"CPU": self._config.collect.cpus_per_worker, "GPU": self._config.collect.gpus_per_worker}
+        awaited = {name: free.get(name, 0.0) + ended * share for name, share in held.items() if share > 0}
+        deadline = time.monotonic() + ENDED_WITHIN_S
+        while time.monotonic() < deadline:
+            free = ray.available_resources()
+            if all(free.get(name, 0.0) > there - 1e-3 for name, there in awaited.items()):
+                return
+            time.sleep(0.05)

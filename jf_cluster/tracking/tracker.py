@@ -94,18 +94,19 @@ class Tracker:
         return StageRun.attach(self.uri, self.run_id, self._journal(PARENT), quiet=self.run_id is None)
 
     @contextmanager
-    def stage(self, round_number: int, name: StageName) -> Iterator[StageRun]:
+    def stage(self, round_number: int, name: StageName, *, anew: bool = False) -> Iterator[StageRun]:
         """The nested run of a stage, created or found again; marked finished or failed on leaving.
 
-        A stage whose run is finished is being made again, since its output was there once: it gets a new run. While
-        it lasts, the machines' load is recorded in it, and ``status`` says what it is doing.
+        A stage whose run is finished is being made again, since its output was there once: it gets a new run, as it
+        does with ``anew``, for a run that was killed before it could be marked. While it lasts, the machines' load is
+        recorded in it, and ``status`` says what it is doing.
         """
         self._catch_up()
         run_id = None
         title = f"round-{round_number:03d}-{name}"
         if self.run_id is not None:
             try:
-                run_id = self._unfinished_or_new_run(round_number, name)
+                run_id = self._unfinished_or_new_run(round_number, name, anew)
             except refusals() as error:
                 logger.warning("MLflow at %s: no run for %s (%s)", self.place, title, first_line(error))
         status: Status = "FAILED"
@@ -179,9 +180,9 @@ class Tracker:
         """Id of a stage's newest run, None where there is none."""
         return self._find({KEY: self.run_key, ROUND: str(round_number), STAGE: name})
 
-    def _unfinished_or_new_run(self, round_number: int, name: StageName) -> str:
+    def _unfinished_or_new_run(self, round_number: int, name: StageName, anew: bool) -> str:
         mlflow, known = client(self.uri), self.stage_run(round_number, name)
-        if known and mlflow.get_run(known).info.status != "FINISHED":
+        if known and not anew and mlflow.get_run(known).info.status != "FINISHED":
             return self._again(known)
         run_id = self._new_stage_run(round_number, name)
         if known:

@@ -83,7 +83,8 @@ def train_round(config: Config, round_number: int, tracker: Tracker, arriving: A
     shutil.rmtree(partial, ignore_errors=True)
     for directory in (training, checkpoints, target.parent):
         directory.mkdir(parents=True, exist_ok=True)
-    if (training / f"{name}.json").exists() and not whole_checkpoints(checkpoints):
+    made_before = (training / f"{name}.json").exists() and not whole_checkpoints(checkpoints)
+    if made_before:
         _forget(training, name)
     job = RankJob(
         config_json=config.model_dump_json(),
@@ -102,7 +103,7 @@ def train_round(config: Config, round_number: int, tracker: Tracker, arriving: A
         *(round_number, round_number - 1, inputs.count, what, config.train.steps, config.train.workers),
     )
     earlier_s = sum(record.seconds for record in read_steps(Path(job.steps_log)))  # of an interrupted attempt
-    with tracker.stage(round_number, "train") as stage, stops_through(Path(job.stop)):
+    with tracker.stage(round_number, "train", anew=made_before) as stage, stops_through(Path(job.stop)):
         stage.tags({"parent_model_hash": inputs.parent_hash})
         stage.params(
             config.train.model_dump(mode="json") | {"learning_rate": config.train.learning_rate_of(round_number)}

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 
 from jf_cluster import pipeline
 from jf_cluster.collect import collect_round
-from jf_cluster.collect.crew import Crew
+from jf_cluster.collect.crew import ENDED_WITHIN_S, Crew, WorkerModels
 from jf_cluster.collect.dispatch import Report
 from jf_cluster.collect.prompts import Prompt
 from jf_cluster.collect.worker import Collector, Counts
@@ -68,6 +70,29 @@ def configured(runs_dir: Path, model: Path, overlap: str) -> Config:
             "checkpoint_every_steps": 2,
         },
     )
+
+
+class Resting:
+    """A job of nothing, on a host that holds memory, as one with a model does."""
+
+    def __init__(self, models: WorkerModels) -> None:
+        self.memory = b"x" * (200 << 20)
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+
+def test_who_is_dismissed_is_gone(tmp_path: Path, base_model: Path) -> None:
+    """The ranks that come next find the memory free."""
+    crew = Crew(small_config(tmp_path, base_model))
+    hosts = [crew.start(Resting)[0] for _ in range(2)]
+    processes = [psutil.Process(ray.get(host.call.remote("process_id"))) for host in hosts]
+    for host in hosts:
+        crew.rest(host)
+    begun = time.monotonic()
+    crew.dismiss()
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    assert time.monotonic() - begun < ENDED_WITHIN_S, "seen, not waited out"
 
 
 @pytest.fixture(scope="module")

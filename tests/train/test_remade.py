@@ -35,6 +35,9 @@ def test_a_round_made_again_has_curves_and_times_of_its_own(
     hours = [json.dumps(json.loads(line) | {"seconds": 3600.0}) for line in lines]
     (training / "round-001.steps.jsonl").write_text("\n".join(hours) + "\n")
 
+    # As if killed when the model had just appeared; then somebody removes the model.
+    assert first is not None
+    MlflowClient(tracker.uri).set_terminated(first, "KILLED")
     shutil.rmtree(config.model_dir(1))
     train_round(config, 1, tracker)
     second = tracker.stage_run(1, "train")
