@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -162,22 +163,31 @@ def test_only_the_last_troubles_are_shown(config: Config) -> None:
     assert [line.split()[4] for line in last_troubles(config.run_dir, 3)] == ["1997", "1998", "1999"]
 
 
+def _shown(terminal: int, text: str) -> None:
+    """Read what is written to a terminal until ``text`` comes."""
+    written = ""
+    while text not in written:
+        written += os.read(terminal, 65536).decode(errors="replace")
+
+
 def test_the_command_prints_once_or_refreshes(config: Config) -> None:
     (config.run_dir.parent / "run.yaml").write_text(config.to_yaml())
     command = [sys.executable, "-m", "jf_cluster", "status", "--config", str(config.run_dir.parent / "run.yaml")]
     root = Path(__file__).parent.parent
     once = subprocess.run([*command, "--once"], capture_output=True, text=True, timeout=60, cwd=root, check=True)
     assert "8 stages left" in once.stdout
+    ours, theirs = pty.openpty()  # it refreshes on a terminal only
     wide = os.environ | {"COLUMNS": "200"}
-    live = subprocess.Popen([*command, "--every", "0.2"], stdout=subprocess.PIPE, text=True, cwd=root, env=wide)
-    assert live.stdout is not None
+    live = subprocess.Popen([*command, "--every", "0.2"], stdout=theirs, cwd=root, env=wide)
+    os.close(theirs)
     try:
-        assert any("8 stages left" in line for line in live.stdout)
+        _shown(ours, "8 stages left")
         commit(config, "a")
         TrajectoryStore(config.store_url).round(1).seal(PROVENANCE)
-        assert any("7 stages left" in line for line in live.stdout)
+        _shown(ours, "7 stages left")
     finally:
-        live.terminate()
-        live.communicate(timeout=30)
+        live.kill()
+        live.wait()
+        os.close(ours)
     missing = subprocess.run([*command, "name=other"], capture_output=True, text=True, timeout=60, cwd=root)
     assert missing.returncode == 2 and "there is no run in" in missing.stderr

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,22 @@ def chain_command(config: Config, job: str = "distill") -> list[str]:
     settings = config.runs_dir.with_name("small.yaml")
     settings.write_text(config.to_yaml())
     return [sys.executable, f"jobs/{job}.py", "--config", str(settings)]
+
+
+def stopped_when(
+    has: Callable[[], bool], number: signal.Signals, command: list[str], said: Path, **variables: str
+) -> int:
+    """Start a driver, signal it as soon as it ``has`` come so far, and give its exit code; ``said`` is its output."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    with said.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, start_new_session=True, stdout=output, stderr=subprocess.STDOUT
+        )
+    while not has():
+        assert process.poll() is None, f"it ended before: {said.read_text()}"
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait(timeout=120)
 
 
 @pytest.fixture(scope="package")

@@ -15,7 +15,7 @@ from jf_cluster.collect.prompts import Prompt
 from jf_cluster.collect.worker import Collector, Counts
 
 
-def _first(path: Path) -> bool:
+def first(path: Path) -> bool:
     """Whether this is the first call with this path, over all processes."""
     try:
         path.touch(exist_ok=False)
@@ -31,7 +31,7 @@ class KilledOnce(Collector):
 
     def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
         self.batches += 1
-        if self.batches == 2 and _first(self.config.runs_dir / "killed"):
+        if self.batches == 2 and first(self.config.runs_dir / "killed"):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().run(prompts)
 
@@ -58,7 +58,7 @@ class HungOnce(Collector):
     """The first batch of all never ends."""
 
     def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
-        if _first(self.config.runs_dir / "hung"):
+        if first(self.config.runs_dir / "hung"):
             time.sleep(3600)
         return super().run(prompts)
 
@@ -86,7 +86,7 @@ class KillsTheDashboard(Collector):
 
     def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
         done = super().run(prompts)
-        if _first(self.config.runs_dir / "killed"):
+        if first(self.config.runs_dir / "killed"):
             os.killpg(int((self.config.runs_dir / "server").read_text()), signal.SIGKILL)
         return done
 

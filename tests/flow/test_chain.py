@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from jf_cluster.planning.calibration import measured
 from jf_cluster.planning.estimate import stages
 from jf_cluster.tracking import tracking_uri
 from jf_cluster.tracking.activity import read_activity
-from tests.flow.conftest import ROOT, chain_command, chain_config, run
+from tests.flow.conftest import chain_command, chain_config, run, stopped_when
 from trajectory_store import TrajectoryStore
 
 
@@ -90,17 +88,8 @@ def test_killed_at_every_stage_the_same_command_ends_as_if_it_had_not_been(
 
 def _kill(command: list[str], config: Config, moment: Moment, variables: dict[str, str]) -> None:
     """Start the driver and kill it, without warning, at a moment of its life."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
     said = config.runs_dir.with_name("said")
-    with said.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, start_new_session=True, stdout=output, stderr=subprocess.STDOUT
-        )
-    while not moment.has(config):
-        assert process.poll() is None, f"it ended before {moment.name}: {said.read_text()}"
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    stopped_when(lambda: moment.has(config), signal.SIGKILL, command, said, **variables)
     assert not moment.is_over(config), f"killed too late for {moment.name}"
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 from jf_cluster.collect.prompts import PromptsError, load_prompts
 from jf_cluster.collect.worker import Collector
 from jf_cluster.config import Config
 from jf_cluster.jacobi.responses import generate_responses
 from jf_cluster.models import end_ids, load_model, load_tokenizer, model_hash
-from tests.flow.conftest import collected, small_config
+from tests.flow.conftest import chain_command, collected, run, small_config, stopped_when
 from tests.flow.faulty import Failing, FullDisk, HungOnce, KilledOnce, Poisoned
 from trajectory_store import ProvenanceMismatchError, TrajectoryStore
 
@@ -109,6 +111,21 @@ def test_a_round_that_was_removed_is_collected_as_if_it_had_never_been(
     assert collected(config).content_hash == manifest.content_hash
     kept = json.loads(summary.read_text())
     assert len(kept["attempts"]) == 1 and kept["seconds"] < 1e6
+
+
+def test_sigterm_while_collecting_loses_nothing_and_the_same_command_goes_on(
+    reference, tmp_path: Path, base_model: Path
+) -> None:
+    config = small_config(tmp_path / "runs", base_model, collect__batch_prompts=1)
+    command, round_ = chain_command(config, "collect"), TrajectoryStore(config.store_url).round(1)
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    code = stopped_when(lambda: bool(round_.shard_names()), signal.SIGTERM, command, tmp_path / "said", **address)
+    kept = set(round_.committed_ids())
+    assert code == 143 and 0 < len(kept) < 20 and not round_.is_sealed, (tmp_path / "said").read_text()
+    done = run(*command, **address)
+    assert done.returncode == 0, done.stderr
+    assert f"{20 - len(kept)} prompts, " in done.stderr, "only what was missing"
+    assert round_.manifest.content_hash == reference[1].content_hash
 
 
 def test_too_long_prompts_are_rejected_with_the_reason(tmp_path: Path, base_model: Path) -> None:

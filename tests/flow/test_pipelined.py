@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -23,8 +26,11 @@ from jf_cluster.evaluate.evaluating import evaluate_round
 from jf_cluster.models import ModelError, model_hash
 from jf_cluster.pipeline import collect_and_train
 from jf_cluster.tracking import Tracker
+from jf_cluster.tracking.activity import read_activity
 from jf_cluster.train import TrainingError, train_round
-from tests.flow.conftest import save_model, small_config
+from jf_cluster.train.steps_log import read_steps
+from tests.flow.conftest import chain_command, run, save_model, small_config, stopped_when
+from tests.flow.faulty import first
 from trajectory_store import TrajectoryStore
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -152,6 +158,71 @@ def test_a_failure_of_training_stops_the_collecting(
         collect_and_train(config, 1, Tracker.open(config), crew)
     crew.dismiss()
     assert not round_.is_sealed
+
+
+class Held(Collector):
+    """Keeps the last batch of five, and whatever comes after it, until it may go on."""
+
+    def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
+        place = self.config.runs_dir.parent
+        number = next(number for number in itertools.count() if first(place / f"batch-{number}"))
+        deadline = time.monotonic() + 240
+        while number >= 4 and not (place / "go").exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError("the rest was not wanted")
+            time.sleep(0.1)
+        return super().run(prompts)
+
+
+HELD = """
+from functools import partial
+from pathlib import Path
+
+import typer
+
+from jf_cluster import pipeline
+from jf_cluster.collect import collect_round
+from jf_cluster.command import run
+from tests.flow.test_pipelined import Held
+
+def main(config: Path) -> None:
+    run(config, None, lambda rounds: rounds.train(1))
+
+pipeline.collect_round = partial(collect_round, worker_class=Held)
+typer.run(main)
+"""
+
+
+@pytest.mark.timeout(900)
+def test_a_pipelined_round_that_is_killed_and_stopped_in_the_middle_ends_as_if_it_had_not_been(
+    alternated: tuple[str, str], tmp_path: Path, base_model: Path
+) -> None:
+    config = configured(tmp_path / "runs", base_model, "pipelined")
+    command = [sys.executable, "-c", HELD, chain_command(config)[-1]]
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    steps, said = config.run_dir / "training" / "round-001.steps.jsonl", tmp_path / "said"
+    round_ = TrajectoryStore(config.store_url).round(1)
+
+    stopped_when(
+        lambda: steps.is_file() and bool(read_steps(steps)) and len(round_.shard_names()) == 4,
+        *(signal.SIGKILL, command, said),
+        **address,
+    )
+    # What is there is enough for all steps: the training comes to its end while prompts are left.
+    exported, since = config.run_dir / "models" / ".round-001.partial" / "model.safetensors", time.time()
+
+    def has_trained() -> bool:
+        begun = any(now.stage == "train" and now.begun > since for now in read_activity(config.run_dir))
+        return begun and exported.exists()
+
+    assert stopped_when(has_trained, signal.SIGTERM, command, said, **address) == 143, said.read_text()
+    assert "the same command carries on" in said.read_text()
+    assert len(round_.committed_ids()) == 16 and not round_.is_sealed
+    assert not Path(config.model_dir(1)).exists()
+    (tmp_path / "go").touch()
+    done = run(*command, **address)
+    assert done.returncode == 0, done.stderr
+    assert made(config) == alternated
 
 
 class Telling(Collector):
