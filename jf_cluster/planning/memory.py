@@ -155,7 +155,8 @@ def _models(config: Config) -> int:
 
 
 def collecting(config: Config, shape: ModelShape, prompt_tokens: int = PROMPT_TOKENS) -> Need:
-    """What one collector holds on its device: one or two models, the responses' cache and one wave of trajectories."""
+    """What one collector holds on its device: one or two models, the responses' cache, and one wave of trajectories
+    towards responses that another model wrote."""
     settings, e = config.collect, element_bytes(config)
     stream = prompt_tokens + settings.max_new_tokens
     wave = max(settings.forward_tokens, WAVE_TOKENS, stream)
@@ -165,7 +166,7 @@ def collecting(config: Config, shape: ModelShape, prompt_tokens: int = PROMPT_TO
         {
             "weights": _models(config) * shape.parameters * e,
             "cache of responses": settings.batch_prompts * stream * shape.kv_bytes(e),
-            "cache of trajectories": wave * shape.kv_bytes(e),
+            "cache of trajectories": 0 if settings.responses == "self" else wave * shape.kv_bytes(e),
             "activations": forward * e * (3 * shape.intermediate + 4 * shape.hidden),
             "logits": forward * shape.vocabulary * logit,
         }

@@ -76,11 +76,13 @@ class CollectingSpeed:
 
     decoding: float
     tracing: float
+    one_pass: bool
+    """Whether the model that iterates writes the responses too, in the same forwards."""
 
     @property
     def tokens_per_s(self) -> float:
-        """Responses are written first, then their trajectories iterated."""
-        return 1 / (1 / self.decoding + 1 / self.tracing)
+        """Another model writes the responses first, and then their trajectories are iterated."""
+        return self.tracing if self.one_pass else 1 / (1 / self.decoding + 1 / self.tracing)
 
 
 def collective_bytes_per_s(machines: Machines, ranks: int, assumed: Assumptions = ASSUMED) -> float:
@@ -135,7 +137,8 @@ def collecting(
     forwarded = 1 + assumed.prompt_tokens / assumed.response_tokens + assumed.noisy_tokens * n / 16
     flops = forwarded * shape.forward_flops(assumed.prompt_tokens + assumed.response_tokens / 2)
     share = _speed_up(gpus_per_collector, assumed)
-    return CollectingSpeed(decoding, share * gpu.flops * assumed.forward_mfu / flops)
+    own = config.collect.responses != "base" or (round_number == 1 and config.collect.generator == "builtin")
+    return CollectingSpeed(decoding, share * gpu.flops * assumed.forward_mfu / flops, own)
 
 
 def decoding_forward_s(

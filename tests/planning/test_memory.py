@@ -182,12 +182,13 @@ def test_a_collector_by_hand(planned: Callable[..., Config]) -> None:
     assert memory.collecting(config, shape).parts == {
         "weights": 7_615_616_512 * 2,
         "cache of responses": 128 * (512 + 2048) * kv,
-        "cache of trajectories": 65_536 * kv,
+        "cache of trajectories": 0,  # they come with the responses
         "activations": 65_536 * 2 * (3 * 18_944 + 4 * 3584),
         "logits": 65_536 * 152_064 * 2,
     }
     two = memory.collecting(changed(config, {"collect.responses": "base"}), shape)
     assert two.parts["weights"] == 2 * 7_615_616_512 * 2, "the base answers, the newest model iterates"
+    assert two.parts["cache of trajectories"] == 65_536 * kv
 
 
 def test_disk_by_hand(planned: Callable[..., Config]) -> None:
