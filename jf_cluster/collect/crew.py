@@ -156,6 +156,13 @@ class Host:
         return self.job
 
 
+def _answer(task: ray.ObjectRef, deadline: float) -> Any:
+    """What a task gives, waited for until ``deadline`` on the monotonic clock or until SIGTERM came."""
+    while not ray.wait([task], timeout=POLL_S)[0] and time.monotonic() < deadline:
+        raise_if_asked()
+    return ray.get(task, timeout=0)
+
+
 class Crew:
     """The hosts of a run, at most ``collect.workers`` of them."""
 
@@ -179,10 +186,8 @@ class Crew:
         host, ready = self.start(job, *arguments)
         deadline = time.monotonic() + timeout_s
         try:
-            for task in (ready, host.call.remote(method, *given)):
-                while not ray.wait([task], timeout=POLL_S)[0] and time.monotonic() < deadline:
-                    raise_if_asked()
-                answer = ray.get(task, timeout=0)
+            _answer(ready, deadline)
+            answer = _answer(host.call.remote(method, *given), deadline)
         except BaseException:
             ray.kill(host)
             raise
