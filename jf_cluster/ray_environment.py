@@ -22,6 +22,8 @@ DEFAULTS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Ray runs its workers at niceness 15; here they are the work, and anything else on the machine would starve them.
     "RAY_worker_niceness": "0",
+    # Ray gives its own control service 5 s to answer, and a machine with much else to do needs longer to start it.
+    "RAY_gcs_rpc_server_connect_timeout_s": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
