@@ -38,8 +38,10 @@ pytestmark = pytest.mark.skipif(not _possible(), reason="namespaces are not allo
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     yield
-    left = [p.pid for p in psutil.process_iter(["cmdline"]) if sandbox._PROGRAM in (p.info["cmdline"] or [])]
-    assert not left
+    left = [p for p in psutil.process_iter(["cmdline"]) if sandbox._PROGRAM in (p.info["cmdline"] or [])]
+    # Tests beside these run programs too, which end by themselves.
+    _, alive = psutil.wait_procs(left, timeout=40)
+    assert not alive
 
 
 def test_a_program_that_ends_passes_and_one_that_raises_does_not() -> None:

@@ -50,7 +50,7 @@ def test_rows_and_hash_stay(sealed: Round) -> None:
     assert list(verify_round(sealed)) == []
     assert len(sealed.shard_names()) == 1
     again = compact_round(sealed)
-    assert (again.content_hash, again.bytes) == (after.content_hash, after.bytes)
+    assert again.content_hash == after.content_hash and len(again.shards) == 1
 
 
 def test_readers_go_on_while_it_happens(sealed: Round) -> None:
