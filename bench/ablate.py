@@ -9,6 +9,7 @@ one: the base has to be trained some hundred steps before recipes differ (docs/t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -142,6 +143,14 @@ def _figures(found: list[Outcome], start: tuple[float, float]) -> str:
     )
 
 
+def _digest_of(model: str) -> str:
+    """What tells a model's weights from another's of the same name."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--cells", type=Path, required=True, help="directory of the cells' JSON files")
@@ -157,7 +166,7 @@ def main() -> None:
     args = p.parse_args()
     use_threads(args.threads)
     effort = from_flags(args, Effort())
-    cells = open_directory(args.cells, {**asdict(effort), "start": Path(args.start).name})
+    cells = open_directory(args.cells, {**asdict(effort), "start": _digest_of(args.start)})
     model, start = (tiny_inputs.load(path, "cpu") for path in (args.model, args.start))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     start_path = cells / "start.json"
