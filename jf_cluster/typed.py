@@ -40,13 +40,14 @@ class Typed:
         return shlex.join(["ray", "job", "submit", *copied, "--", "python", f"jobs/{job}.py", *options])
 
     def make(self, target: str, round_number: int | None = None) -> str:
-        """``make`` with the same settings."""
+        """``make`` with the same settings, but for how many rounds were asked for: what there is can be looked at."""
+        overrides = [override for override in self.overrides if not override.startswith("rounds=")]
         given = ["make", target]
         if self.config is not None:
             given.append(f"CONFIG={shlex.quote(str(self.config))}")
         if round_number is not None:
             given.append(f"ROUND={round_number}")
-        if self.overrides:
+        if overrides:
             # What make puts into its recipe is split by a shell once more.
-            given.append(f"SET={shlex.quote(shlex.join(self.overrides))}")
+            given.append(f"SET={shlex.quote(shlex.join(overrides))}")
         return " ".join(given)

@@ -53,3 +53,7 @@ def test_make_takes_what_is_said() -> None:
     recipe = next(line for line in shown.stdout.splitlines() if "jobs/collect.py" in line)
     given = ["--config", "configs/one-gpu.yaml", "--round", "2", *OVERRIDES]
     assert shlex.split(recipe)[1:] == ["jobs/collect.py", *given]
+
+
+def test_what_there_is_can_be_looked_at_whatever_was_asked_for() -> None:
+    assert Typed(overrides=("rounds=3", "name=a")).make("mlflow") == "make mlflow SET=name=a"
