@@ -17,13 +17,17 @@ from jf_cluster.train.worker import RankJob, run_rank
 from tests.train.conftest import Ranks, seal
 
 
-def test_a_round_made_again_has_curves_and_times_of_its_own(
-    configured: Callable[..., Config], ranks: Ranks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture(autouse=True)
+def one_rank(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_ranks(config: Config, job: RankJob, storage: Path) -> None:
         ranks.call(run_rank, 1, job)
 
     monkeypatch.setattr(driver, "run_ranks", run_ranks)
+
+
+def test_a_round_made_again_has_curves_and_times_of_its_own(
+    configured: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
     config = configured(steps=4, workers=1)
     seal(config)
     tracker = Tracker.open(config)
@@ -48,14 +52,10 @@ def test_a_round_made_again_has_curves_and_times_of_its_own(
 
 
 def test_a_training_that_goes_on_counts_the_steps_before(
-    configured: Callable[..., Config], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+    configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted between its summary and its model, it has a checkpoint: nothing is forgotten."""
 
-    def run_ranks(config: Config, job: RankJob, storage: Path) -> None:
-        ranks.call(run_rank, 1, job)
-
-    monkeypatch.setattr(driver, "run_ranks", run_ranks)
     config = configured(steps=4, workers=1)
     seal(config)
     with monkeypatch.context() as patch:
