@@ -11,7 +11,7 @@ from rich.table import Table
 
 from jf_cluster.config import Config
 from jf_cluster.evaluate.comparison import compare, comparison_table, modes_table
-from jf_cluster.evaluate.evaluation import load_evaluation
+from jf_cluster.evaluate.evaluation import evaluations_until, load_evaluation
 from jf_cluster.whole_files import write_whole
 from trajectory_store import TrajectoryStore
 
@@ -167,12 +167,11 @@ def print_table(rows: list[Row]) -> None:
 
 def print_evaluation(config: Config, round_number: int) -> None:
     """Show how a model decodes in every mode, and how it differs from every earlier one."""
-    found = [load_evaluation(config, r) for r in range(round_number + 1)]
-    if (now := found[-1]) is None:
+    if (now := load_evaluation(config, round_number)) is None:
         return
     console = Console(width=max(Console().width, TABLE_WIDTH))
     console.print(modes_table(now))
-    if earlier := [e for e in found[:-1] if e is not None]:
+    if earlier := evaluations_until(config, round_number - 1):
         # Not those of the file: an earlier version's has none.
         console.print(comparison_table([compare(now, before) for before in earlier]))
 

@@ -25,7 +25,6 @@ from jf_cluster.jacobi.vllm_responses import VllmWriter
 from jf_cluster.models import ModelError, load_model, model_hash, reload_weights, use_cpu
 from jf_cluster.stopping import raise_if_asked
 
-_HOW = "install the vllm extra in the workers' environment, or set collect.generator=builtin"
 ENDED_WITHIN_S = 10.0
 """How long ending processes are waited for; somebody else may have taken their cores before that was seen."""
 
@@ -84,7 +83,10 @@ class WorkerModels:
                     path, dtype=self._config.model.dtype, context=context.get_text_config().max_position_embeddings
                 )
             except ImportError as error:
-                raise ModelError(f"collect.generator is vllm and vLLM cannot be imported ({error}): {_HOW}") from error
+                raise ModelError(
+                    f"collect.generator is vllm and vLLM cannot be imported ({error}): install the vllm extra in the "
+                    "workers' environment, or set collect.generator=builtin"
+                ) from error
         return self._vllm
 
     def of_round(self, round_number: int, expected_hash: str | None = None) -> PreTrainedModel:

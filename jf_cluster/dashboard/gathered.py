@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jf_cluster.config import Config
-from jf_cluster.evaluate.evaluation import Evaluation, load_evaluation
+from jf_cluster.evaluate.evaluation import Evaluation, evaluations_until
 from jf_cluster.evaluate.looking import Look, load_look
 from jf_cluster.messages import first_line
 from jf_cluster.models import load_tokenizer
@@ -68,7 +68,7 @@ def gather(config: Config, tracker: Tracker, last_round: int) -> Gathered:
     sealed = [folder for r in rounds if (folder := store.round(r + 1)).is_sealed]
     return Gathered(
         name=config.name,
-        evaluations=tuple(e for r in rounds if (e := load_evaluation(config, r)) is not None),
+        evaluations=tuple(evaluations_until(config, last_round)),
         collected=tuple(
             c for folder in sealed if (c := _collected(config, folder.number - 1, folder.reader())) is not None
         ),

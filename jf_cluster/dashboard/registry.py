@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jf_cluster.config import Config
-from jf_cluster.evaluate.evaluation import MODES, Evaluation, load_evaluation
+from jf_cluster.evaluate.evaluation import MODES, Evaluation, evaluations_until
 from jf_cluster.messages import first_line
 from jf_cluster.model_card import CARD
 from jf_cluster.tracking.store import KEY, ROUND, SUPERSEDED_BY, client, experiment_name, is_server, refusals
@@ -54,7 +54,7 @@ def registered_name(config: Config) -> str:
 
 def register(config: Config, tracker: Tracker, last_round: int) -> None:
     """Bring the registry up to what rounds 1 to ``last_round`` have put out; never fails because MLflow does."""
-    found = [e for r in range(last_round + 1) if (e := load_evaluation(config, r)) is not None]
+    found = evaluations_until(config, last_round)
     models = [e for e in found if e.round > 0 and Path(config.model_dir(e.round)).is_dir()]
     if not models or tracker.run_id is None:
         return

@@ -16,7 +16,14 @@ from jf_cluster.collect.dispatch import Dispatcher, Done, GivenUp, Lost
 from jf_cluster.collect.prompts import Prompt, unusable
 from jf_cluster.config import Config
 from jf_cluster.evaluate.comparison import accuracy_text, compared, figures
-from jf_cluster.evaluate.evaluation import MODES, EvaluateError, Evaluation, load_evaluation, save_evaluation
+from jf_cluster.evaluate.evaluation import (
+    MODES,
+    EvaluateError,
+    Evaluation,
+    evaluations_until,
+    load_evaluation,
+    save_evaluation,
+)
 from jf_cluster.evaluate.graders.sandbox import SandboxError
 from jf_cluster.evaluate.looking import look_at
 from jf_cluster.evaluate.scoring import Answers, evaluation
@@ -74,7 +81,7 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker, crew: Cr
             rejected=len(asked) - len(answered),
             seconds=time.monotonic() - begun,
         )
-        found = compared(found, _earlier(config, round_number))
+        found = compared(found, evaluations_until(config, round_number - 1))
         _tell_on_the_card(config, found, base)
         stage.tags({"model_hash": found.model_hash, "passed": found.passed, "verdict": found.reason})
         stage.metrics(_metrics(found))
@@ -96,10 +103,6 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker, crew: Cr
     if not found.passed:
         logger.warning("model %d failed: %s", round_number, found.reason)
     return found
-
-
-def _earlier(config: Config, round_number: int) -> list[Evaluation]:
-    return [e for r in range(round_number) if (e := load_evaluation(config, r)) is not None]
 
 
 def _answers(config: Config, round_number: int, prompts: Sequence[Prompt], stage: StageRun, crew: Crew) -> Answers:

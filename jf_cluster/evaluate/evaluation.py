@@ -157,6 +157,11 @@ def evaluation_path(config: Config, round_number: int) -> Path:
     return config.run_dir / "evaluation" / f"round-{round_number:03d}.json"
 
 
+def evaluations_until(config: Config, last_round: int) -> list[Evaluation]:
+    """The evaluations there are of rounds 0 to ``last_round``; errors as ``load_evaluation``."""
+    return [e for r in range(last_round + 1) if (e := load_evaluation(config, r)) is not None]
+
+
 def load_evaluation(config: Config, round_number: int) -> Evaluation | None:
     """Give a round's evaluation, or None where there is none yet.
 
