@@ -198,6 +198,8 @@ def build_engine(config: Config, round_number: int, group: Group, load_universal
     train = config.train
     if train.lora is not None:
         _add_adapters(model, train.lora, seed=config.seed * 1_000_003 + round_number)
+    else:
+        _keep_layers_whole(model)
     module = ForcingModule(model, train.loss_chunk_tokens)
     optimizer = torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
@@ -217,6 +219,16 @@ def build_engine(config: Config, round_number: int, group: Group, load_universal
         # Private: what the writer wrote it cannot read again, since torch takes nothing but tensors unless told to.
         engine.checkpoint_engine.load = TorchCheckpointEngine().load
     return engine
+
+
+def _keep_layers_whole(model: PreTrainedModel) -> None:
+    """Have ZeRO-3 gather and reduce a decoder layer at once, with one pair of hooks instead of a dozen.
+
+    Measured on two CPU ranks of the embedded run, a step takes 0.73 s instead of 0.83. Not for LoRA: where nothing
+    before a layer is trained, such a layer's gradients would be reduced before they are computed.
+    """
+    layers = list(model._no_split_modules or [])
+    deepspeed.utils.set_z3_leaf_modules(model, layers, raise_if_not_found=False)
 
 
 def _add_adapters(model: PreTrainedModel, lora: LoraSettings, seed: int) -> None:
