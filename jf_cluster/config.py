@@ -19,6 +19,7 @@ TINY_BASE = PACKAGE_ROOT / "tiny" / "base"
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Grader = Literal["none", "arithmetic", "gsm8k", "math", "code"]
 Template = Literal["auto", "chat", "plain"]
@@ -201,8 +202,8 @@ class TrainConfig(Section):
     """AdamW's."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     """Longest gradient, as its norm over all parameters."""
-    ar_weight: Annotated[float, Field(ge=0)] = 10.0
-    """Weight of the next-token loss beside the consistency loss."""
+    ar_weight: Weight | Annotated[tuple[Weight, ...], Field(min_length=1)] = 10.0
+    """Weight of the next-token loss beside the consistency loss, one for all rounds or one for each, like the rates."""
     micro_batch_tokens: Positive = 4096
     """Token budget (clean and noisy) of one packed micro-batch; no sample is cut."""
     packing_rows: Positive = 1024
@@ -230,10 +231,11 @@ class TrainConfig(Section):
     """Times the group of workers is restarted from the last checkpoint after a failure, until there is a newer one."""
     zero: ZeroConfig = ZeroConfig()
 
-    def learning_rate_of(self, round_number: int) -> float:
-        """Peak learning rate of round ``round_number`` (from 1)."""
-        rates = self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
-        return _of_round(rates, round_number)
+    def of_round(self, round_number: int) -> TrainConfig:
+        """These settings with the values of round ``round_number`` (from 1) where there is one for each."""
+        by_round = {"learning_rate": self.learning_rate, "ar_weight": self.ar_weight}
+        values = {n: _of_round(v, round_number) if isinstance(v, tuple) else v for n, v in by_round.items()}
+        return self.model_copy(update=values)
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainConfig:

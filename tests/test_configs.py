@@ -20,8 +20,9 @@ def test_shipped_configurations(path: Path, tmp_path: Path) -> None:
     again.write_text(config.to_yaml())
     assert load_config(again) == config
     assert load_config(path, ["train.learning_rate=1e-5"]).train.learning_rate == 1e-5
-    by_round = load_config(path, ["train.learning_rate=[3e-5,2e-5]"]).train
-    assert [by_round.learning_rate_of(r) for r in (1, 2, 3)] == [3e-5, 2e-5, 2e-5]
+    by_round = load_config(path, ["train.learning_rate=[3e-5,2e-5]", "train.ar_weight=[5,20]"]).train
+    rounds = [by_round.of_round(r) for r in (1, 2, 3)]
+    assert [(each.learning_rate, each.ar_weight) for each in rounds] == [(3e-5, 5.0), (2e-5, 20.0), (2e-5, 20.0)]
 
 
 def test_the_papers_settings() -> None:

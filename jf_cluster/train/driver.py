@@ -105,9 +105,7 @@ def train_round(config: Config, round_number: int, tracker: Tracker, arriving: A
     earlier_s = sum(record.seconds for record in read_steps(Path(job.steps_log)))  # of an interrupted attempt
     with tracker.stage(round_number, "train", anew=made_before) as stage, stops_through(Path(job.stop)):
         stage.tags({"parent_model_hash": inputs.parent_hash})
-        stage.params(
-            config.train.model_dump(mode="json") | {"learning_rate": config.train.learning_rate_of(round_number)}
-        )
+        stage.params(config.train.of_round(round_number).model_dump(mode="json"))
         with followed(Path(job.steps_log), config.train.steps, f"train {name}", stage):
             _train_to_the_end(config, job, training / "ray", stage)
         trajectories = inputs.sealed().content_hash
@@ -219,8 +217,7 @@ def _identity(config: Config, round_number: int, inputs: _Inputs) -> str:
         "seed": config.seed,
         "dtype": config.model.dtype,
         "noise": config.noise.model_dump(mode="json"),
-        "train": config.train.model_dump(mode="json", exclude=_PLACEMENT, exclude_none=True)
-        | {"learning_rate": config.train.learning_rate_of(round_number)},
+        "train": config.train.of_round(round_number).model_dump(mode="json", exclude=_PLACEMENT, exclude_none=True),
     }
     return json.dumps(parts, sort_keys=True)
 

@@ -195,7 +195,7 @@ def build_engine(config: Config, round_number: int, group: Group, load_universal
     model.config.use_cache = False
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    train = config.train
+    train = config.train.of_round(round_number)
     if train.lora is not None:
         _add_adapters(model, train.lora, seed=config.seed * 1_000_003 + round_number)
     else:
@@ -203,7 +203,7 @@ def build_engine(config: Config, round_number: int, group: Group, load_universal
     module = ForcingModule(model, train.loss_chunk_tokens)
     optimizer = torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
-        lr=train.learning_rate_of(round_number),
+        lr=train.learning_rate,
         betas=train.betas,
         weight_decay=train.weight_decay,
         fused=True,

@@ -153,7 +153,7 @@ def _steps(job: RankJob, config: Config, group: Group, ranks: DeepSpeedEngine, s
     from jf_cluster.train.sharing import Sharing, alone
     from jf_cluster.train.step import peak_memory_bytes, train_step
 
-    train = config.train
+    train = config.train.of_round(job.round_number)
     rows = _rows(job, config)
     share = Sharing(group.rank, group.world_size) if group.world_size > 1 else alone
     source = BatchSource(rows, config, job.round_number, group.device, share)
