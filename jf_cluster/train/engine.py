@@ -224,10 +224,12 @@ def build_engine(config: Config, round_number: int, group: Group, load_universal
 def _keep_layers_whole(model: PreTrainedModel) -> None:
     """Have ZeRO-3 gather and reduce a decoder layer at once, with one pair of hooks instead of a dozen.
 
-    Measured on two CPU ranks of the embedded run, a step takes 0.73 s instead of 0.83. Not for LoRA: where nothing
-    before a layer is trained, such a layer's gradients would be reduced before they are computed.
+    Measured on two CPU ranks with the embedded model and 4,608 tokens, a step takes 0.73 s instead of 0.81, and 0.79
+    instead of 0.85 where small ones stay whole (`zero.persistence_threshold`): they are gathered one by one after
+    every step. Not for LoRA: where nothing before a layer is trained, such a layer's gradients would be reduced before
+    they are computed.
     """
-    layers = list(model._no_split_modules or [])
+    layers = list(model._no_split_modules or [])  # Private: what transformers keeps on one device
     deepspeed.utils.set_z3_leaf_modules(model, layers, raise_if_not_found=False)
 
 
