@@ -195,9 +195,11 @@ class Round:
         tried: set[str] = set()
         summaries: dict[str, pa.Table] = {}
         while (announcement := announce_seal(self.folder)) is not None:
-            manifest, index = build_manifest(
-                self.folder, self.folder.entries(), provenance, set(self.rejects()), known=summaries
-            )
+            listed = self.folder.entries()
+            try:
+                manifest, index = build_manifest(self.folder, listed, provenance, set(self.rejects()), known=summaries)
+            except MissingShardError:
+                continue  # its writer found the round sealed by another sealer and took it back: list again
             try:
                 self.folder.publish(manifest.index, index)
                 tried.add(manifest.index)

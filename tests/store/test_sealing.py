@@ -94,6 +94,29 @@ def test_a_commit_during_a_seal_is_in_it(place: Round, provenance: Provenance, m
     assert list(verify_round(place)) == []
 
 
+def test_a_shard_taken_back_during_a_seal_is_not_in_it(
+    place: Round, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that finds the round sealed deletes its late shard, which a second sealer may have listed by then."""
+    write(place, ["a"])
+    [kept] = place.shard_names()
+    write(place, ["b"])
+    original = store_module.build_manifest
+    tried = 0
+
+    def build(*arguments: object, **options: object) -> object:
+        nonlocal tried
+        tried += 1
+        for name in set(place.shard_names()) - {kept}:
+            place.folder.delete(name)
+        return original(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store_module, "build_manifest", build)
+    assert place.seal(provenance).rows == 1
+    assert tried == 2
+    assert list(verify_round(place)) == []
+
+
 def test_seals_and_commits_at_once(place: Round, provenance: Provenance) -> None:
     """Two sealers and four writers at once: one manifest, and it names exactly what writers were told is committed."""
 
