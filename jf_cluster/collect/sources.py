@@ -11,17 +11,18 @@ import json
 import pickle
 from collections.abc import Generator
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from numpy.typing import NDArray
 from pyarrow import parquet
 
 from jf_cluster.config import Config
 from jf_cluster.tiny.problems import Split, problem
+
+if TYPE_CHECKING:
+    import datasets
 
 LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
@@ -136,6 +137,10 @@ def read_dataset(source: str, subset: str | None, split: str, setting: str) -> d
     Raises:
         PromptsError: it cannot be read or has no rows.
     """
+    # Here because every worker imports this module, and few read a data set.
+    import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
     datasets.disable_progress_bars()
     path = Path(source)
     kind = next((kind for suffix, kind in LOCAL_FORMATS.items() if path.name.endswith(suffix)), None)

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import deepspeed
 import torch
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,6 +23,14 @@ from jf_cluster.config import LoraConfig as LoraSettings
 from jf_cluster.jacobi.loss import forcing_loss
 from jf_cluster.models import load_model, use_cpu
 from jf_cluster.train.rendezvous import INIT_METHOD
+
+# Private: its autotuner, which nobody runs here, would import MLflow, more than everything else a rank imports.
+sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+import deepspeed  # noqa: E402
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
+
+if sys.modules["mlflow"] is None:
+    del sys.modules["mlflow"]
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -235,6 +241,8 @@ def _keep_layers_whole(model: PreTrainedModel) -> None:
 
 def _add_adapters(model: PreTrainedModel, lora: LoraSettings, seed: int) -> None:
     """Put LoRA's adapters into ``model`` in place and freeze the rest; every rank draws the same ones."""
+    from peft import LoraConfig, inject_adapter_in_model  # slow to import, and few train adapters
+
     torch.manual_seed(seed)
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = LoraConfig(

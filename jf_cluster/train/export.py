@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from jf_cluster.model_card import write_card
 from jf_cluster.models import TOKENIZER_FILES, resolve
@@ -75,7 +75,7 @@ def _full_tensors(model: PreTrainedModel, keep: bool) -> Iterator[tuple[str, Ten
     A tied tensor comes once; a layer with adapters gives its weight with their product added.
     """
     persistent = set(model.state_dict().keys())
-    adapted = {id(layer.base_layer.weight): layer for layer in model.modules() if isinstance(layer, LoraLayer)}
+    adapted = {id(layer.base_layer.weight): layer for layer in model.modules() if _has_adapters(layer)}
     for name, parameter in model.named_parameters():  # names a tied parameter once
         if _is_adapter(name):
             continue
@@ -91,8 +91,17 @@ def _full_tensors(model: PreTrainedModel, keep: bool) -> Iterator[tuple[str, Ten
             yield name, buffer.detach().cpu().contiguous() if keep else None
 
 
+def _lora_layer() -> Any:
+    """peft's class of layers with adapters; None where nobody imported peft, so that nobody can have one."""
+    return getattr(sys.modules.get("peft.tuners.lora"), "LoraLayer", None)
+
+
+def _has_adapters(layer: nn.Module) -> bool:
+    return (kind := _lora_layer()) is not None and isinstance(layer, kind)
+
+
 def _is_adapter(name: str) -> bool:
-    return any(part in LoraLayer.adapter_layer_names for part in name.split("."))
+    return (kind := _lora_layer()) is not None and any(part in kind.adapter_layer_names for part in name.split("."))
 
 
 def _part(number: int) -> str:
