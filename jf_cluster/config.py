@@ -267,7 +267,11 @@ class EvaluateConfig(Section):
     split: str | None = None
     """Split of that data set; default ``test``."""
     prompts: Positive = 400
-    """Most prompts decoded in every mode: the first ones."""
+    """Most prompts decoded: the first ones, autoregressively and in mode ``jacobi``."""
+    multiblock_prompts: Positive | None = None
+    """Of these, the first so many are decoded in mode ``multiblock`` too, and their iterations counted; default all.
+
+    On a CPU that is most of an evaluation: its forwards are the longest."""
     speed_prompts: Positive = 24
     """Prompts decoded one at a time, all modes in alternation, for tokens per second."""
     batch_prompts: Positive = 64

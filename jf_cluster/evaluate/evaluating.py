@@ -106,9 +106,10 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker, crew: Cr
 
 
 def _answers(config: Config, round_number: int, prompts: Sequence[Prompt], stage: StageRun, crew: Crew) -> Answers:
-    """Decode all prompts in every mode on the workers; prompts given up on are missing from the result."""
+    """Decode all prompts on the workers; prompts given up on are missing from the result."""
+    multiblock = frozenset(p.prompt_id for p in prompts[: config.evaluate.multiblock_prompts])
     dispatcher: Dispatcher[Prompt, Answered] = Dispatcher(
-        lambda _: crew.start(Evaluator, config, round_number),
+        lambda _: crew.start(Evaluator, config, round_number, multiblock),
         rest=crew.rest,
         workers=config.collect.workers,
         timeout_s=config.collect.batch_timeout_s,
@@ -141,7 +142,7 @@ def _speeds(config: Config, round_number: int, prompts: Sequence[Prompt], crew: 
     for attempt in range(1, attempts + 1):
         try:
             timeout_s = config.collect.batch_timeout_s
-            measured: Speeds = crew.ask(timeout_s, Evaluator, (config, round_number), "speed", chosen)
+            measured: Speeds = crew.ask(timeout_s, Evaluator, (config, round_number, ()), "speed", chosen)
             return measured
         except (RayActorError, GetTimeoutError) as error:
             logger.warning("measuring speed failed (%d of %d attempts): %s", attempt, attempts, error)

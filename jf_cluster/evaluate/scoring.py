@@ -88,8 +88,8 @@ def evaluation(
 ) -> Evaluation:
     """Put together what was measured on ``prompts``, which all have answers; ``base`` is None for the base itself."""
     by_mode = {
-        mode: result([answers.by_mode[mode][p.prompt_id] for p in prompts], answers.ar, speeds.modes[mode])
-        for mode in MODES
+        mode: result([found[p.prompt_id] for p in prompts if p.prompt_id in found], answers.ar, speeds.modes[mode])
+        for mode, found in answers.by_mode.items()
     }
     ar, grader = by_mode["ar"], grader_of(config)
     texts = {p.prompt_id: answers.ar[p.prompt_id].text for p in prompts}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,7 +40,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answered:
-    """A batch's answers by mode, in the order of its prompts, and how its AR responses' blocks were iterated."""
+    """A batch's answers by mode, and how its AR responses' blocks were iterated (``evaluate.multiblock_prompts``)."""
 
     answers: dict[Mode, list[Answer]]
     blocks: int
@@ -56,16 +56,22 @@ class Speeds:
 
 
 class Evaluator:
-    """Decodes prompts with model ``round_number``; a job of jf_cluster.collect.crew."""
+    """Decodes prompts with model ``round_number``; a job of jf_cluster.collect.crew.
 
-    def __init__(self, config: Config, round_number: int, models: WorkerModels) -> None:
-        self.config = config
+    Args:
+        multiblock: ids of the prompts that are decoded in mode multiblock too and iterated block by block.
+    """
+
+    def __init__(self, config: Config, round_number: int, multiblock: Collection[str], models: WorkerModels) -> None:
+        self.config, self.multiblock = config, multiblock
         self.tokenizer = load_tokenizer(config)
         self.model = models.of_round(round_number)
         self.end_ids = end_ids(self.model, self.tokenizer)
 
     def run(self, prompts: Sequence[Prompt]) -> Report[Answered]:
         """Decode a batch in every mode and grade it."""
+        some = [p for p in prompts if p.prompt_id in self.multiblock]
+        asked: dict[Mode, Sequence[Prompt]] = {"ar": prompts, "jacobi": prompts, "multiblock": some}
         answers: dict[Mode, list[Answer]] = {
             mode: [
                 Answer(
@@ -75,23 +81,22 @@ class Evaluator:
                     made.finished,
                     tuple(made.accepted_runs[1:]),
                 )
-                for prompt, made in zip(prompts, self._generate(prompts, mode), strict=True)
+                for prompt, made in zip(asked[mode], self._generate(asked[mode], mode), strict=True)
             ]
             for mode in MODES
         }
         if (grader := grader_of(self.config)) != "none":
-            references = [p.answer for p in prompts]
             # All modes at once: in float32 they say the same, which is then judged once.
-            pairs = [(a.text, r) for mode in MODES for a, r in zip(answers[mode], references, strict=True)]
+            pairs = [(a.text, p.answer) for mode in MODES for a, p in zip(answers[mode], asked[mode], strict=True)]
             threads = max(1, int(self.config.collect.cpus_per_worker))
             verdicts = iter(grade(grader, pairs, self.config.sandbox, threads))
             answers = {mode: [replace(a, right=next(verdicts)) for a in answers[mode]] for mode in MODES}
         traces = trace(
             self.model,
-            [p.tokens for p in prompts],
-            [np.array(a.tokens, dtype=np.int32) for a in answers["ar"]],
+            [p.tokens for p in some],
+            [np.array(a.tokens, dtype=np.int32) for a in answers["ar"] if a.prompt_id in self.multiblock],
             block_size=self.config.evaluate.decoding.block_size,
-            keys=self._keys(prompts),
+            keys=self._keys(some),
             forward_tokens=self.config.collect.forward_tokens,
         )
         answered = Answered(

@@ -44,8 +44,11 @@ def miniature(config: Config, directory: Path) -> Config:
     collect, train, evaluate = config.collect, config.train, config.evaluate
     prompts = min(config.prompts.per_round, BATCHES * collect.workers * collect.batch_prompts)
     evaluated = min(evaluate.prompts, EVALUATED * collect.workers)
-    # As many prompts are decoded for speed, of all that are decoded, as in the run.
-    timed = -(-evaluate.speed_prompts * evaluated // evaluate.prompts)
+    # As many prompts are decoded for speed, and in mode multiblock, of all that are decoded, as in the run.
+    timed, drafted = (
+        -(-count * evaluated // evaluate.prompts)
+        for count in (evaluate.speed_prompts, evaluate.multiblock_prompts or evaluate.prompts)
+    )
     changes = {
         "name": "calibration",
         "runs_dir": directory,
@@ -53,7 +56,9 @@ def miniature(config: Config, directory: Path) -> Config:
         "rounds": 1,
         "prompts": config.prompts.model_copy(update={"per_round": prompts}),
         "train": train.model_copy(update={"steps": min(STEPS, train.steps), "warmup_steps": 0}),
-        "evaluate": evaluate.model_copy(update={"prompts": evaluated, "speed_prompts": timed}),
+        "evaluate": evaluate.model_copy(
+            update={"prompts": evaluated, "speed_prompts": timed, "multiblock_prompts": drafted}
+        ),
         "tracking": config.tracking.model_copy(update={"uri": f"sqlite:///{directory / 'mlflow.db'}"}),
     }
     return config.model_copy(update=changes)
