@@ -53,7 +53,7 @@ class Looker(Evaluator):
     """The job of looking, with the model as the one that evaluates has it."""
 
     def __init__(self, config: Config, round_number: int, models: WorkerModels) -> None:
-        super().__init__(config, round_number, models)
+        super().__init__(config, round_number, (), models)
         self.round_number = round_number
 
     def look(self, prompts: Sequence[Prompt]) -> Look:
