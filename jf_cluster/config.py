@@ -206,6 +206,8 @@ class TrainConfig(Section):
     """Weight of the next-token loss beside the consistency loss, one for all rounds or one for each, like the rates."""
     micro_batch_tokens: Positive = 4096
     """Token budget (clean and noisy) of one packed micro-batch; no sample is cut."""
+    replay_rounds: Annotated[int, Field(ge=0)] = 0
+    """Earlier rounds whose trajectories are trained on again, mixed with the round's own: more prompts at no cost."""
     packing_rows: Positive = 1024
     """Samples packed together, in training order; in pipelined rounds training begins when so many are collected."""
     micro_batches_per_step: Positive = 2
@@ -236,6 +238,10 @@ class TrainConfig(Section):
         by_round = {"learning_rate": self.learning_rate, "ar_weight": self.ar_weight}
         values = {n: _of_round(v, round_number) if isinstance(v, tuple) else v for n, v in by_round.items()}
         return self.model_copy(update=values)
+
+    def replayed(self, round_number: int) -> range:
+        """Earlier rounds that round ``round_number`` (from 1) trains on again."""
+        return range(max(1, round_number - self.replay_rounds), round_number)
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainConfig:

@@ -23,7 +23,7 @@ from trajectory_store.order import balanced_shares, global_order, order_windows,
 from trajectory_store.prompt_ids import PromptIds
 from trajectory_store.provenance import Provenance
 from trajectory_store.reader import TrajectoryReader
-from trajectory_store.rows import ArrivingRows, SealedRows, WaitInterruptedError
+from trajectory_store.rows import ArrivingRows, JoinedRows, Rows, SealedRows, WaitInterruptedError
 from trajectory_store.store import Round, TrajectoryStore
 from trajectory_store.trajectory import Trajectory
 from trajectory_store.urls import without_secrets
@@ -37,6 +37,7 @@ __all__ = [
     "FollowStep",
     "InvalidNameError",
     "InvalidTrajectoryError",
+    "JoinedRows",
     "Manifest",
     "MissingShardError",
     "Position",
@@ -48,6 +49,7 @@ __all__ = [
     "RoundNotFoundError",
     "RoundNotSealedError",
     "RoundSealedError",
+    "Rows",
     "SchemaVersionError",
     "SealedRows",
     "ShardEntry",

@@ -12,7 +12,7 @@ import itertools
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -63,6 +63,10 @@ class SealedRows:
     def provenance(self) -> Provenance:
         """What the rows have in common."""
         return self.reader.manifest.provenance
+
+    def provenance_of(self, row: int) -> Provenance:
+        """The origin of a row."""
+        return self.provenance
 
     def give_up(self) -> None:
         """Nobody waits for a sealed round."""
@@ -144,6 +148,10 @@ class ArrivingRows:
         """What the rows have in common; known as soon as one is present."""
         return self._round.provenance
 
+    def provenance_of(self, row: int) -> Provenance:
+        """The origin of a row that is known to be present."""
+        return self.provenance
+
     def _look(self) -> bool:
         """Take notice of what is new; whether there was anything."""
         if self._round.is_sealed:
@@ -183,6 +191,47 @@ class ArrivingRows:
     def _number(self, prompt_id: str) -> int | None:
         number = bisect_left(range(len(self._ids)), prompt_id, key=lambda place: self._ids[place].as_py())
         return number if number < len(self._ids) and self._ids[number].as_py() == prompt_id else None
+
+
+class JoinedRows:
+    """The rows of several rounds under one numbering, those of the first round first."""
+
+    def __init__(self, parts: Sequence[SealedRows | ArrivingRows]) -> None:
+        self._parts = parts
+        self._begins: Numbers = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self._begins[-1])
+
+    def present(self, rows: Numbers) -> npt.NDArray[np.bool_]:
+        """Which of ``rows`` have a trajectory, bool [R]; waits and raises as the rounds they are of do."""
+        of = np.searchsorted(self._begins, rows, side="right") - 1
+        found = np.zeros(len(rows), bool)
+        for number in np.unique(of):
+            found[of == number] = self._parts[number].present(rows[of == number] - self._begins[number])
+        return found
+
+    def __getitem__(self, row: int) -> Trajectory:
+        """The trajectory of a row that is present."""
+        part, row = self._place(row)
+        return part[row]
+
+    def provenance_of(self, row: int) -> Provenance:
+        """The origin of a row that is present."""
+        part, row = self._place(row)
+        return part.provenance_of(row)
+
+    def give_up(self) -> None:
+        """End every wait, of another thread or later."""
+        for part in self._parts:
+            part.give_up()
+
+    def _place(self, row: int) -> tuple[SealedRows | ArrivingRows, int]:
+        number = int(np.searchsorted(self._begins, row, side="right")) - 1
+        return self._parts[number], row - int(self._begins[number])
+
+
+Rows = SealedRows | ArrivingRows | JoinedRows
 
 
 def pause_s(poll_s: float, waited_s: float) -> float:

@@ -24,7 +24,7 @@ from jf_cluster.train.plan import MicroBatch, TrainingPlan
 from jf_cluster.train.sharing import Work, alone
 
 if TYPE_CHECKING:
-    from trajectory_store import ArrivingRows, SealedRows, Trajectory
+    from trajectory_store import Rows, Trajectory
 
 Wait = Callable[["Future[PlannedStep]"], bool]
 """Waits for a step's batches together with the other ranks; False when there is to be no such step."""
@@ -50,7 +50,7 @@ class BatchSource:
 
     def __init__(
         self,
-        rows: SealedRows | ArrivingRows,
+        rows: Rows,
         config: Config,
         round_number: int,
         device: torch.device,
@@ -84,7 +84,7 @@ class BatchSource:
     def _drawn_from(self, epoch: int, row: int) -> tuple[Trajectory, int, Noise, np.random.Generator]:
         trajectory = self._rows[row]
         rng = sample_rng(self._seed, self._round, epoch, trajectory.prompt_id)
-        return trajectory, self._rows.provenance.block_size, self._noise, rng
+        return trajectory, self._rows.provenance_of(row).block_size, self._noise, rng
 
     def batch(self, micro_batch: MicroBatch) -> PackedBatch:
         """One packed batch on the device."""

@@ -27,7 +27,7 @@ from jf_cluster.train.ranks import TrainingError, run_ranks
 from jf_cluster.train.steps_log import read_steps
 from jf_cluster.train.worker import RankJob
 from jf_cluster.whole_files import write_whole
-from trajectory_store import Manifest, Provenance, SealedRows, TrajectoryStore, without_secrets
+from trajectory_store import Manifest, Provenance, RoundNotSealedError, SealedRows, TrajectoryStore, without_secrets
 from trajectory_store.rows import digest_of, sorted_ids
 
 logger = logging.getLogger(__name__)
@@ -162,8 +162,10 @@ class _Inputs:
     parent_hash: str
     """Content hash of the start model."""
     prompts_digest: str
+    replayed: tuple[str, ...]
+    """Content hashes of the earlier rounds that are trained on again."""
     count: int
-    """Of trajectories, or of the prompts that they will come from."""
+    """Of trajectories, or of the prompts that they will come from, those of earlier rounds included."""
     sealed: Callable[[], Manifest]
 
 
@@ -175,12 +177,39 @@ def _checked_inputs(config: Config, round_number: int) -> _Inputs:
     if manifest.rows == 0:
         store = without_secrets(config.store_url)
         raise TrainingError(f"round {round_number} of {store} holds no trajectories: nothing to train on")
-    return _Inputs(parent_hash, rows.prompts_digest(), manifest.rows, lambda: manifest)
+    replayed = _replayed(config, round_number, manifest.provenance)
+    count = manifest.rows + sum(earlier.rows for earlier in replayed)
+    hashes = tuple(earlier.content_hash for earlier in replayed)
+    return _Inputs(parent_hash, rows.prompts_digest(), hashes, count, lambda: manifest)
 
 
 def _arriving_inputs(config: Config, round_number: int, arriving: Arriving) -> _Inputs:
     parent_hash = _made_by_parent(config, round_number, arriving.provenance)
-    return _Inputs(parent_hash, digest_of(arriving.prompt_ids), len(arriving.prompt_ids), arriving.sealed)
+    replayed = _replayed(config, round_number, arriving.provenance)
+    count = len(arriving.prompt_ids) + sum(earlier.rows for earlier in replayed)
+    hashes = tuple(earlier.content_hash for earlier in replayed)
+    return _Inputs(parent_hash, digest_of(arriving.prompt_ids), hashes, count, arriving.sealed)
+
+
+def _replayed(config: Config, round_number: int, provenance: Provenance) -> list[Manifest]:
+    """The earlier rounds that are trained on again, which must be of the tokenizer of ``provenance``."""
+    found = []
+    for earlier in config.train.replayed(round_number):
+        place = f"round {earlier} of {without_secrets(config.store_url)}"
+        try:
+            manifest = TrajectoryStore(config.store_url).round(earlier).manifest
+        except RoundNotSealedError as error:
+            raise TrainingError(
+                f"{place} is not there or not sealed, and round {round_number} trains on it again "
+                f"(train.replay_rounds={config.train.replay_rounds}): collect it, or lower train.replay_rounds"
+            ) from error
+        if manifest.provenance.tokenizer_hash != provenance.tokenizer_hash:
+            raise TrainingError(
+                f"{place} has another tokenizer than round {round_number}, which trains on it again: lower "
+                "train.replay_rounds"
+            )
+        found.append(manifest)
+    return found
 
 
 def _made_by_parent(config: Config, round_number: int, provenance: Provenance) -> str:
@@ -219,7 +248,7 @@ def _identity(config: Config, round_number: int, inputs: _Inputs) -> str:
         "noise": config.noise.model_dump(mode="json"),
         "train": config.train.of_round(round_number).model_dump(mode="json", exclude=_PLACEMENT, exclude_none=True),
     }
-    return json.dumps(parts, sort_keys=True)
+    return json.dumps(parts | ({"replayed": inputs.replayed} if inputs.replayed else {}), sort_keys=True)
 
 
 def _train_to_the_end(config: Config, job: RankJob, storage: Path, stage: StageRun) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jf_cluster.train.checkpoints import Checkpoint
     from jf_cluster.train.engine import Group
     from jf_cluster.train.step import StepResult
-    from trajectory_store import ArrivingRows, SealedRows
+    from trajectory_store import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -225,17 +225,19 @@ def _steps(job: RankJob, config: Config, group: Group, ranks: DeepSpeedEngine, s
     return done == train.steps and not stops and _is_wanted(job, config, group)
 
 
-def _rows(job: RankJob, config: Config) -> SealedRows | ArrivingRows:
-    """The round's rows, sealed or to be waited for."""
+def _rows(job: RankJob, config: Config) -> Rows:
+    """The round's rows, sealed or to be waited for, behind those of the earlier rounds that are trained on again."""
     import pyarrow.feather as feather
 
-    from trajectory_store import ArrivingRows, SealedRows, TrajectoryStore
+    from trajectory_store import ArrivingRows, JoinedRows, SealedRows, TrajectoryStore
 
-    round_ = TrajectoryStore(config.store_url).round(job.round_number)
+    store = TrajectoryStore(config.store_url)
+    round_ = store.round(job.round_number)
+    replayed = [SealedRows(store.round(r)) for r in config.train.replayed(job.round_number)]
     if job.prompt_ids is None:
-        return SealedRows(round_)
+        return JoinedRows([*replayed, SealedRows(round_)])
     prompt_ids = feather.read_table(job.prompt_ids, memory_map=True)["prompt_id"].chunk(0)  # written as one
-    return ArrivingRows(round_, prompt_ids)
+    return JoinedRows([*replayed, ArrivingRows(round_, prompt_ids)])
 
 
 def _is_wanted(job: RankJob, config: Config, group: Group) -> bool:
@@ -251,7 +253,7 @@ def _is_wanted(job: RankJob, config: Config, group: Group) -> bool:
 def _leave_out(
     job: RankJob,
     group: Group,
-    trajectories: SealedRows | ArrivingRows,
+    trajectories: Rows,
     planned: PlannedStep,
     result: StepResult,
     reason: str,

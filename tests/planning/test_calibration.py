@@ -19,7 +19,7 @@ def test_a_miniature_differs_in_amounts_and_places_only(tmp_path: Path) -> None:
     small = miniature(config, tmp_path)
     assert small.prompts.per_round == BATCHES * 2 * 64 and small.train.steps == STEPS
     assert small.evaluate.prompts == EVALUATED * 2
-    assert small.evaluate.speed_prompts == 3, "8 of 240 are timed, hence 2.13 of 64"
+    assert (small.evaluate.speed_prompts, small.evaluate.multiblock_prompts) == (1, 10), "of 64 as 8 and 120 of 800"
     assert small.run_dir.parent == tmp_path and small.store_url.startswith(str(tmp_path))
     assert (small.collect, small.noise, small.model) == (config.collect, config.noise, config.model)
     less = load_config(TINY, ["prompts.per_round=10", "train.steps=3", "evaluate.prompts=5"])

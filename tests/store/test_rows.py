@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from tests.store.conftest import make_trajectory
 from trajectory_store import (
     ArrivingRows,
+    JoinedRows,
     Provenance,
     Round,
     SealedRows,
@@ -43,6 +45,31 @@ def test_sealed_rows_are_numbered_among_all_prompts(round_: Round, provenance: P
     assert rows.present(ALL).tolist() == [prompt_id not in REJECTED for prompt_id in IDS]
     assert [rows[int(i)].prompt_id for i in ALL[rows.present(ALL)]] == [i for i in IDS if i not in REJECTED]
     assert rows.prompts_digest() == digest_of(IDS) != digest_of(IDS[1:])
+
+
+def test_rounds_joined_are_one_after_the_other_each_row_with_its_own_origin(
+    round_: Round, provenance: Provenance, tmp_path: Path
+) -> None:
+    write(round_, provenance, IDS[:12], "w")
+    round_.seal(provenance)
+    arriving = TrajectoryStore(str(tmp_path / "another")).round(2)
+    later = replace(provenance, round_number=2, seed=provenance.seed + 1)
+    joined = JoinedRows([SealedRows(round_), ArrivingRows(arriving, IDS[12:], poll_s=0.01)])
+    assert len(joined) == 20
+    collector = threading.Thread(target=write, args=(arriving, later, IDS[12:], "w"))
+    collector.start()
+    order = ALL[::-1]
+    assert joined.present(order).tolist() == [IDS[i] not in REJECTED for i in order]
+    collector.join()
+    for i in ALL[joined.present(ALL)].tolist():
+        assert joined[i].prompt_id == IDS[i]
+        assert joined.provenance_of(i) == (provenance if i < 12 else later)
+    assert joined.present(ALL[:0]).tolist() == []
+
+    waiting = JoinedRows([SealedRows(round_), ArrivingRows(arriving, ["never"], poll_s=0.01)])
+    waiting.give_up()
+    with pytest.raises(WaitInterruptedError):
+        waiting.present(np.array([3, 12]))
 
 
 def test_arriving_rows_are_waited_for_and_are_those_of_the_sealed_round(round_: Round, provenance: Provenance) -> None:
