@@ -109,6 +109,7 @@ def chain_config(runs_dir: Path, model: Path, **changes: object) -> Config:
         "micro_batch_tokens": 512,
         "micro_batches_per_step": 2,
         "checkpoint_every_steps": 2,
+        "replay_rounds": 1,
     }
     return small_config(runs_dir, model, train=train, collect__batch_prompts=2, **changes)
 

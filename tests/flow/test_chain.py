@@ -32,6 +32,9 @@ def test_two_rounds(undisturbed: tuple[Config, str]) -> None:
     _check_lineage(config)
     _check_mlflow(config)
     _check_estimate(config)
+    log = (config.run_dir / "log.txt").read_text()
+    assert "training round 1 from model 0: 20 trajectories" in log
+    assert "training round 2 from model 1: 40 trajectories" in log, "those of the first round again"
 
     again = run(*chain_command(config))
     assert again.returncode == 0 and "starting a local Ray" not in again.stderr, "nothing was missing"

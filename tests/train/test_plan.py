@@ -12,7 +12,7 @@ from jf_cluster.config import Config
 from jf_cluster.train.batches import BatchSource
 from jf_cluster.train.plan import MicroBatch, TrainingPlan
 from tests.train.conftest import seal
-from trajectory_store import SealedRows, TrajectoryStore
+from trajectory_store import JoinedRows, SealedRows, TrajectoryStore
 
 LENGTHS = np.random.default_rng(0).integers(10, 100, 57)
 
@@ -123,3 +123,15 @@ def test_lengths_are_those_of_the_batches_built_later(configured: Callable[..., 
         built = [source.batch(MicroBatch(epoch, (row,))).total_tokens for row in rows.tolist()]
         assert source.lengths(epoch, rows).tolist() == built
     assert source.lengths(0, rows).tolist() != source.lengths(1, rows).tolist()
+
+
+def test_samples_of_an_earlier_round_are_drawn_anew_in_a_later_one(configured: Callable[..., Config]) -> None:
+    config = configured()
+    seal(config)
+    seal(config, 2, count=7, made_by="f" * 64)
+    first, second = (SealedRows(TrajectoryStore(config.store_url).round(r)) for r in (1, 2))
+    joined = BatchSource(JoinedRows([first, second]), config, 2, torch.device("cpu"))
+    for row, alone, its_row in ((3, first, 3), (24 + 5, second, 5)):
+        source = BatchSource(alone, config, 2, torch.device("cpu"))
+        mine, other = joined.batch(MicroBatch(0, (row,))), source.batch(MicroBatch(0, (its_row,)))
+        assert torch.equal(mine.tokens, other.tokens) and torch.equal(mine.targets, other.targets)

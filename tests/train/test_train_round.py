@@ -93,6 +93,17 @@ def test_trajectories_of_another_model_are_refused(configured: Callable[..., Con
     assert not Path(config.model_dir(1)).exists()
 
 
+def test_earlier_rounds_that_are_trained_on_again_must_be_there(configured: Callable[..., Config]) -> None:
+    config = configured(replay_rounds=1)
+    shutil.copytree(config.model.path, config.model_dir(1))
+    seal(config, 2)
+    with pytest.raises(
+        TrainingError, match=r"round 1 of .* is not there .*train\.replay_rounds=1\): collect it, or lower"
+    ):
+        train_round(config, 2, Tracker.open(config))
+    assert not Path(config.model_dir(2)).exists()
+
+
 def test_a_damaged_shard_is_named_at_once(configured: Callable[..., Config], caplog: pytest.LogCaptureFixture) -> None:
     config = configured()
     seal(config)
