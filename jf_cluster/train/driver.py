@@ -162,11 +162,16 @@ class _Inputs:
     parent_hash: str
     """Content hash of the start model."""
     prompts_digest: str
-    replayed: tuple[str, ...]
-    """Content hashes of the earlier rounds that are trained on again."""
-    count: int
-    """Of trajectories, or of the prompts that they will come from, those of earlier rounds included."""
+    replayed: list[Manifest]
+    """The earlier rounds that are trained on again."""
+    own: int
+    """The round's own trajectories, or the prompts that they will come from."""
     sealed: Callable[[], Manifest]
+
+    @property
+    def count(self) -> int:
+        """All trajectories that are trained on."""
+        return self.own + sum(manifest.rows for manifest in self.replayed)
 
 
 def _checked_inputs(config: Config, round_number: int) -> _Inputs:
@@ -178,17 +183,13 @@ def _checked_inputs(config: Config, round_number: int) -> _Inputs:
         store = without_secrets(config.store_url)
         raise TrainingError(f"round {round_number} of {store} holds no trajectories: nothing to train on")
     replayed = _replayed(config, round_number, manifest.provenance)
-    count = manifest.rows + sum(earlier.rows for earlier in replayed)
-    hashes = tuple(earlier.content_hash for earlier in replayed)
-    return _Inputs(parent_hash, rows.prompts_digest(), hashes, count, lambda: manifest)
+    return _Inputs(parent_hash, rows.prompts_digest(), replayed, manifest.rows, lambda: manifest)
 
 
 def _arriving_inputs(config: Config, round_number: int, arriving: Arriving) -> _Inputs:
     parent_hash = _made_by_parent(config, round_number, arriving.provenance)
     replayed = _replayed(config, round_number, arriving.provenance)
-    count = len(arriving.prompt_ids) + sum(earlier.rows for earlier in replayed)
-    hashes = tuple(earlier.content_hash for earlier in replayed)
-    return _Inputs(parent_hash, digest_of(arriving.prompt_ids), hashes, count, arriving.sealed)
+    return _Inputs(parent_hash, digest_of(arriving.prompt_ids), replayed, len(arriving.prompt_ids), arriving.sealed)
 
 
 def _replayed(config: Config, round_number: int, provenance: Provenance) -> list[Manifest]:
@@ -241,6 +242,7 @@ def _identity(config: Config, round_number: int, inputs: _Inputs) -> str:
     parts = {
         "parent": inputs.parent_hash,
         "prompts": inputs.prompts_digest,
+        "replayed": [manifest.content_hash for manifest in inputs.replayed],
         "collect": config.collect.model_dump(mode="json", include=_COLLECTED),
         "round": round_number,
         "seed": config.seed,
@@ -248,7 +250,7 @@ def _identity(config: Config, round_number: int, inputs: _Inputs) -> str:
         "noise": config.noise.model_dump(mode="json"),
         "train": config.train.of_round(round_number).model_dump(mode="json", exclude=_PLACEMENT, exclude_none=True),
     }
-    return json.dumps(parts | ({"replayed": inputs.replayed} if inputs.replayed else {}), sort_keys=True)
+    return json.dumps(parts, sort_keys=True)
 
 
 def _train_to_the_end(config: Config, job: RankJob, storage: Path, stage: StageRun) -> None:
