@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ import ray
 
 from jf_cluster import pipeline
 from jf_cluster.collect import collect_round
+from jf_cluster.collect.collecting import Undertaking
 from jf_cluster.collect.crew import ENDED_WITHIN_S, Crew, WorkerModels
 from jf_cluster.collect.dispatch import Report
 from jf_cluster.collect.prompts import Prompt
@@ -30,8 +30,8 @@ from jf_cluster.tracking.activity import read_activity
 from jf_cluster.train import TrainingError, train_round
 from jf_cluster.train.steps_log import read_steps
 from tests.flow.conftest import chain_command, run, save_model, small_config, stopped_when
-from tests.flow.faulty import first
 from trajectory_store import TrajectoryStore
+from trajectory_store.order import global_order
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -161,13 +161,13 @@ def test_a_failure_of_training_stops_the_collecting(
 
 
 class Held(Collector):
-    """Keeps the last batch of five, and whatever comes after it, until it may go on."""
+    """Keeps the prompts that the first epoch takes last until it may go on."""
 
     def run(self, prompts: Sequence[Prompt]) -> Report[Counts]:
         place = self.config.runs_dir.parent
-        number = next(number for number in itertools.count() if first(place / f"batch-{number}"))
+        is_last = any(prompt.prompt_id in (place / "last").read_text() for prompt in prompts)
         deadline = time.monotonic() + 240
-        while number >= 4 and not (place / "go").exists():
+        while is_last and not (place / "go").exists():
             if time.monotonic() > deadline:
                 raise TimeoutError("the rest was not wanted")
             time.sleep(0.1)
@@ -202,6 +202,8 @@ def test_a_pipelined_round_that_is_killed_and_stopped_in_the_middle_ends_as_if_i
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     steps, said = config.run_dir / "training" / "round-001.steps.jsonl", tmp_path / "said"
     round_ = TrajectoryStore(config.store_url).round(1)
+    ids = sorted(Undertaking.of(config, 1).prompts.ids().to_pylist())
+    (tmp_path / "last").write_text(" ".join(ids[row] for row in global_order(20, config.seed, 0)[-4:]))
 
     stopped_when(
         lambda: steps.is_file() and bool(read_steps(steps)) and len(round_.shard_names()) == 4,

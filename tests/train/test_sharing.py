@@ -79,7 +79,10 @@ def test_each_rank_does_its_part_and_all_know_all(ranks: Ranks) -> None:
 
 def planned_until_given_up(rank: int, share: Any, config_json: str, prompt_ids: list[str]) -> tuple[bool, str]:
     """Rank 1 knows of rows that will never come; both plan in a thread until they are to stop."""
+    import torch.distributed as dist
+
     config = Config.model_validate_json(config_json)
+    both_waited = dist.new_group()  # of this thread's own
     round_ = TrajectoryStore(config.store_url).round(1)
     rows = ArrivingRows(round_, [*prompt_ids, "prompt-9999"][: len(prompt_ids) + rank], poll_s=0.05)
     source = BatchSource(rows, config, 1, torch.device("cpu"), share)
@@ -95,6 +98,7 @@ def planned_until_given_up(rank: int, share: Any, config_json: str, prompt_ids: 
     thread.start()
     thread.join(0.5)
     waited = thread.is_alive()
+    dist.barrier(both_waited)
     rows.give_up()
     thread.join(60)
     return waited, said[0]
