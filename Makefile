@@ -57,8 +57,8 @@ cluster-stop: $(READY)  ## Stop the Ray head that `make cluster` started
 	@$(BIN)/python -m jf_cluster cluster stop
 
 test: $(READY)  ## Run the tests
-	@# Two processes, since many tests wait for a server or a Ray to start; tests/conftest.py says what stays together.
-	@$(BIN)/python -m pytest -n 2
+	@# On two cores: many tests wait for a server or a Ray to start. tests/conftest.py says what stays together.
+	@$(BIN)/python -m pytest -n 3
 
 check: $(READY)  ## Lint, check formatting and types
 	@$(BIN)/ruff check .

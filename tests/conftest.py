@@ -1,4 +1,4 @@
-"""How ``make test`` shares the tests out between two processes: what belongs into one, and what comes first."""
+"""How ``make test`` shares the tests out between processes: what belongs into one, and what comes first."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ FIXED_PORTS = "what people type"
 TOGETHER = {
     # The cluster's dashboard, the model server and MLflow have one port each there: one after the other.
     "tests/docs/test_docs.py::test_every_shell_block_runs": FIXED_PORTS,
+    # Chains of their own, the longest tests of their folder: beside the others.
+    "tests/flow/test_chain.py": "chain",
     # Folders whose tests share a Ray, ranks or a server; elsewhere the tests of a file share what they need.
-    **{f"tests/{folder}/": folder for folder in ("flow", "train", "dashboard", "inference", "deploy")},
+    **{f"tests/{folder}/": folder for folder in ("flow", "train", "deploy", "inference", "dashboard")},
 }
 """How the id of a test begins → the group it belongs to, the longest groups first; they are begun in this order."""
 

@@ -25,8 +25,8 @@ from jf_cluster.config_reference import reference
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = (
-    "prompts.per_round=16 prompts.held_out=8 evaluate.prompts=6 evaluate.speed_prompts=2 evaluate.max_new_tokens=48 "
-    "collect.max_new_tokens=48 collect.workers=1 train.workers=1 train.steps=3 train.warmup_steps=1"
+    "prompts.per_round=16 prompts.held_out=8 evaluate.prompts=6 evaluate.speed_prompts=2 evaluate.max_new_tokens=24 "
+    "collect.max_new_tokens=32 collect.workers=1 train.workers=1 train.steps=3 train.warmup_steps=1"
 )
 BLOCK = re.compile(r"^(?:<!-- (\w+) -->\n)?```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")

@@ -51,13 +51,11 @@ class Moment:
 
 
 MOMENTS = (
-    Moment("evaluating the base", lambda c: _evaluates(c, 0), lambda c: evaluation_path(c, 0).exists()),
-    Moment("collecting", lambda c: _shards(c, 1) > 0, lambda c: _is_sealed(c, 1)),
+    Moment("collecting", lambda c: _shards(c) > 0, lambda c: _is_sealed(c)),
     Moment("training", lambda c: _checkpoint(c, 2).exists(), lambda c: Path(c.model_dir(1)).exists()),
     Moment("exporting", lambda c: _partial(c).exists(), lambda c: Path(c.model_dir(1)).exists()),
     Moment("publishing", lambda c: Path(c.model_dir(1)).exists(), lambda c: evaluation_path(c, 1).exists()),
-    Moment("evaluating", lambda c: _evaluates(c, 1), lambda c: evaluation_path(c, 1).exists()),
-    Moment("collecting at the end", lambda c: _shards(c, 2) > 0, lambda c: _is_sealed(c, 2)),
+    Moment("evaluating", lambda c: _evaluates(c), lambda c: evaluation_path(c, 1).exists()),
 )
 
 
@@ -96,17 +94,17 @@ def _kill(command: list[str], config: Config, moment: Moment, variables: dict[st
     assert not moment.is_over(config), f"killed too late for {moment.name}"
 
 
-def _evaluates(config: Config, round_number: int) -> bool:
+def _evaluates(config: Config) -> bool:
     stages = read_activity(config.run_dir)
-    return any((now.round, now.stage) == (round_number, "evaluate") and now.done > 0 for now in stages)
+    return any((now.round, now.stage) == (1, "evaluate") and now.done > 0 for now in stages)
 
 
-def _shards(config: Config, round_number: int) -> int:
-    return len(list((Path(config.store_url) / f"round-{round_number:03d}").glob("shard-*")))
+def _shards(config: Config) -> int:
+    return len(list((Path(config.store_url) / "round-001").glob("shard-*")))
 
 
-def _is_sealed(config: Config, round_number: int) -> bool:
-    return TrajectoryStore(config.store_url).round(round_number).is_sealed
+def _is_sealed(config: Config) -> bool:
+    return TrajectoryStore(config.store_url).round(1).is_sealed
 
 
 def _checkpoint(config: Config, step: int) -> Path:
