@@ -162,11 +162,15 @@ class Round:
         )
 
     def _ids_of_shards(self) -> dict[str, pa.Array]:
-        names = self.shard_names()
-        unknown = [name for name in names if name not in self._known_ids]
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            self._known_ids.update(zip(unknown, pool.map(self._ids_of, unknown), strict=True))
-        return {name: self._known_ids[name] for name in names}
+        while True:
+            names = self.shard_names()
+            unknown = [name for name in names if name not in self._known_ids]
+            try:
+                with ThreadPoolExecutor(READ_THREADS) as pool:
+                    self._known_ids.update(zip(unknown, pool.map(self._ids_of, unknown), strict=True))
+            except MissingShardError:
+                continue  # taken back by its writer, or compacted since: list again
+            return {name: self._known_ids[name] for name in names}
 
     def _ids_of(self, name: str) -> pa.Array:
         file = ShardFile(self.folder, name, ["prompt_id"])

@@ -117,6 +117,26 @@ def test_a_shard_taken_back_during_a_seal_is_not_in_it(
     assert list(verify_round(place)) == []
 
 
+def test_a_shard_taken_back_is_not_committed(place: Round, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its late writer deletes it after it was listed, before it is read."""
+    write(place, ["a"])
+    [kept] = place.shard_names()
+    write(place, ["b"])
+    original, listings = Round.shard_names, 0
+
+    def shard_names(self: Round) -> list[str]:
+        nonlocal listings
+        names = original(self)
+        listings += 1
+        for name in set(names) - {kept}:
+            self.folder.delete(name)
+        return names
+
+    monkeypatch.setattr(Round, "shard_names", shard_names)
+    assert set(place.committed_ids()) == {"a"}
+    assert listings == 2
+
+
 def test_seals_and_commits_at_once(place: Round, provenance: Provenance) -> None:
     """Two sealers and four writers at once: one manifest, and it names exactly what writers were told is committed."""
 
