@@ -5,12 +5,22 @@ Imports neither torch nor transformers, so that hundreds of these actors fit on 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.abc import MetaPathFinder
 from typing import NamedTuple
 
 from trajectory_store import Provenance, Trajectory, TrajectoryStore
+
+
+class _NoPandas(MetaPathFinder):
+    """PyArrow would import pandas, 40 MB an actor, to see whether a list is something of pandas."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "pandas":
+            raise ImportError("left out")
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class Collector:
         batch_s: Sequence[float],
         commit_every_s: float,
     ) -> None:
+        sys.meta_path.insert(0, _NoPandas())
         self.number, self.rows, self.batch_s, self.commit_every_s = number, rows, batch_s, commit_every_s
         self.writer = TrajectoryStore(store_url).round(1).writer(provenance, writer_id=f"simulated.{number}")
         self.uncommitted: list[str] = []

@@ -71,7 +71,8 @@ def record_batch(rows: Sequence[Trajectory], iteration_counts: Sequence[int], co
         offsets = np.zeros(len(rows) + 1, np.int32)
         np.cumsum([len(a) for a in arrays], out=offsets[1:])
         list_type = columns.field(name).type
-        values = np.concatenate(arrays).astype(list_type.value_type.to_pandas_dtype(), copy=False)
+        # Integers have the same names in Arrow and NumPy; Arrow's own way to the one from the other imports pandas.
+        values = np.concatenate(arrays).astype(str(list_type.value_type), copy=False)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=list_type)
 
     return pa.record_batch(
