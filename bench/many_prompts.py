@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ BATCH_ROWS = 100
 SHARD_ROWS = 10_000
 """Rows of a shard: 64 MiB hold so many responses of 600 tokens."""
 LEFT_SHARE, REJECTED_SHARE = 0.01, 0.0005
+LOOK_EVERY_S = 0.02
 RANKS, MICRO_BATCH_TOKENS = 256, 256
 """A micro-batch of so many tokens has about as many of these small samples as one of 32,768 has of real ones."""
 
@@ -48,19 +50,35 @@ def prompt_figures(folder: Path, count: int) -> dict[str, Value]:
     }
     figures: dict[str, Value] = {"prompts": count}
     for name, step in steps.items():
-        seconds, peak_mib = in_fresh_process(_peak_of, step, folder, count, str(cache))
+        seconds, peak_mib, own_peak_mib = in_fresh_process(_peak_of, step, folder, count, str(cache))
         if name != "write":
-            figures |= {f"{name}_s": seconds, f"{name}_peak_mib": peak_mib}
+            figures |= {f"{name}_s": seconds, f"{name}_peak_mib": peak_mib, f"{name}_own_peak_mib": own_peak_mib}
     shutil.rmtree(cache, ignore_errors=True)
     return figures
 
 
-def _peak_of(step: Callable[[Path, int], float], folder: Path, count: int, cache: str) -> tuple[float, float]:
-    """Seconds that a step says it took, and the process's most resident memory."""
+def _peak_of(step: Callable[[Path, int], float], folder: Path, count: int, cache: str) -> tuple[float, float, float]:
+    """Seconds that a step says it took, the process's most resident memory, and the most without mapped files."""
     os.environ["HF_DATASETS_CACHE"] = cache
-    seconds = step(folder, count)
-    status = Path("/proc/self/status").read_text()
-    return seconds, int(status.split("VmHWM:")[1].split()[0]) / 1024
+    own_peak, over = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal own_peak
+        while not over.wait(LOOK_EVERY_S):
+            own_peak = max(own_peak, _memory_mib("RssAnon"))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        seconds = step(folder, count)
+    finally:
+        over.set()
+        watching.join()
+    return seconds, _memory_mib("VmHWM"), own_peak
+
+
+def _memory_mib(name: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
 
 
 def write_source(path: Path, count: int) -> None:

@@ -11,7 +11,8 @@ dispatching and committing cost. The driver's processor time and memory are of t
 
 *Prompts*: a round of so many small rows, nearly all committed, in shards with as many rows a record batch as real ones
 have: a local file of prompts listed for the first time and again, what is left found, the round sealed and the first
-steps of training planned, each in a fresh process; seconds and most resident memory, mapped files included.
+steps of training planned, each in a fresh process; seconds, most resident memory (`_peak_mib`), and the most without
+the files mapped into memory, whose pages the system takes back when it needs them (`_own_peak_mib`).
 """
 
 from __future__ import annotations

@@ -102,13 +102,13 @@ class DataSet:
         start, size = 0, FIRST_BLOCK
         while start < self._count:
             rows = order[start : start + size]
-            yield rows, self._checked(table.column(0).take(pa.array(rows)).to_pylist())
+            yield rows, self._checked(_taken(table.column(0), rows))
             start, size = start + size, min(2 * size, LARGEST_BLOCK)
 
     def read(self, rows: Rows) -> list[tuple[str, str | None]]:
         if self._open is None:
             self._open = pickle.loads(self._table)
-        texts, *answers = (self._open.column(name).take(pa.array(rows)).to_pylist() for name in self._columns)
+        texts, *answers = (_taken(self._open.column(name), rows) for name in self._columns)
         known = map(_as_text, answers[0]) if answers else itertools.repeat(None)
         return list(zip(self._checked(texts), known, strict=False))
 
@@ -119,6 +119,20 @@ class DataSet:
                     f"column {self._settings.column!r} of {self._settings.source} holds {type(text).__name__}, not text"
                 )
         return cast("list[str]", texts)
+
+
+def _taken(column: pa.ChunkedArray, rows: Rows) -> list[object]:
+    """Values of some rows; Arrow's own ``take`` first copies a column that lies in several pieces as a whole."""
+    order = np.argsort(rows, kind="stable")
+    starts = np.cumsum([0, *map(len, column.chunks)])
+    found: list[object] = [None] * len(rows)
+    of_chunks = np.split(order, np.searchsorted(rows[order], starts[1:-1]))
+    for chunk, start, places in zip(column.chunks, starts[:-1], of_chunks, strict=True):
+        if len(places):
+            values = chunk.take(pa.array(rows[places] - start)).to_pylist()
+            for place, value in zip(places.tolist(), values, strict=True):
+                found[place] = value
+    return found
 
 
 def source_of(config: Config, split: Split) -> Source:

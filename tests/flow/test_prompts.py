@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -91,6 +92,20 @@ def test_tiny_prompts_are_what_the_base_was_trained_with(
     assert {p.text for p in load_prompts(other_seed, tokenizer, 1)}.isdisjoint(
         p.text for p in load_prompts(config, tokenizer, 1)
     )
+
+
+def test_rows_are_taken_from_a_column_in_pieces_without_a_copy_of_all_of_it() -> None:
+    column = pa.chunked_array([["a", "b"], [], [f"{i} " * 100 for i in range(1000)], ["d"]])
+    rows = np.array([1002, 0, 5, 1, 0, 1001], np.int32)
+    expected = column.take(pa.array(rows)).to_pylist()
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    try:
+        assert sources._taken(column, rows) == expected
+    finally:
+        pa.set_memory_pool(usual)
+    assert 0 < pool.max_memory() < column.nbytes / 10
 
 
 def test_plain_prompts_have_no_template(tmp_path: Path, base_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
