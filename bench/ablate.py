@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import mean
@@ -44,6 +44,8 @@ VARIANTS: dict[str, dict[str, Recipe]] = {
     "trajectories": {"regenerated": DEFAULT, "reused": replace(DEFAULT, trajectories="reused")},
     "responses": {w: replace(DEFAULT, responses=w) for w in ("base", "self", "verified")},
 }
+
+MOST_SEEDS = 10
 
 
 class DirectoryOfAnotherRunError(ValueError):
@@ -94,49 +96,74 @@ def open_directory(directory: Path, settings: Mapping[str, Any]) -> Path:
     return directory
 
 
-def table(cells: Path, seeds: int, start: tuple[float, float], effort: Effort) -> str:
-    """The page of docs: one table a choice, means over the seeds that are there."""
+Measured = tuple[float, float]
+"""Tokens per forward and share of right answers."""
+
+
+def section(cells: Path) -> list[str]:
+    """The tables of one directory of cells, one a choice: means over the seeds that are there."""
+    effort = json.loads((cells / "effort.json").read_text())
+    models = json.loads((cells / "models.json").read_text())
+    base, start = (models[name] for name in ("base", "start"))
     lines = [
-        "# Ablation on the tiny model",
+        f"## {effort['prompts']} prompts and {effort['steps']} steps a round",
         "",
-        f"Made by `python -m bench.ablate`. Each cell: {effort.prompts} fresh prompts and {effort.steps} steps of "
-        f"{effort.step_tokens} tokens a round, {len(DEFAULT.block_sizes)} rounds, learning rate "
-        f"{effort.learning_rate:g}; decoded block after block at n = {effort.decoding_block} on {effort.held_out} "
-        f"held-out problems. All start from the same model, with {start[0]:.2f} tokens per forward and {start[1]:.1%} "
-        "right answers. "
-        f"*TPF gained per point* is what tokens per forward rose over the start for each percentage point of accuracy "
-        f"lost (at least half a point is counted: fewer cannot be told apart on {effort.held_out} problems). Ranges "
-        f"are over seeds. The default is window {DEFAULT.window}, noise ratio from {DEFAULT.t_min:g} to 1, next-token "
-        f"weight {DEFAULT.ar_weight:g}, n = {DEFAULT.block_sizes[0]}, {DEFAULT.trajectories} trajectories and "
-        f"responses by the {DEFAULT.responses}.",
+        f"{len(DEFAULT.block_sizes)} rounds of {effort['prompts']} fresh prompts and {effort['steps']} steps of "
+        f"{effort['step_tokens']} tokens, learning rate {effort['learning_rate']:g}; decoded block after block at n = "
+        f"{effort['decoding_block']} on {effort['held_out']} held-out problems. All start from the same model, with "
+        f"{start[0]:.2f} tokens per forward and {start[1]:.1%} right answers; the base has {base[0]:.2f} and "
+        f"{base[1]:.1%}.",
         "",
     ]
     for choice, variants in VARIANTS.items():
-        lines += [
-            f"| {choice} | TPF | range | accuracy | consistency, nats | TPF gained per point | after round 1 | seeds |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        rows = [
+            f"| {name}{' (default)' if recipe == DEFAULT else ''} | {_figures(found, base)} |"
+            for name, recipe in variants.items()
+            if (found := _outcomes(cells, recipe))
         ]
-        for name, recipe in variants.items():
-            paths = (cells / f"{cell_name(recipe, seed)}.json" for seed in range(seeds))
-            found = [read_outcome(path) for path in paths if path.exists()]
-            mark = " (default)" if recipe == DEFAULT else ""
-            lines.append(f"| {name}{mark} | {_figures(found, start)} |")
-        lines.append("")
-    return "\n".join(lines)
+        if len(rows) > 1:
+            lines += [
+                f"| {choice} | TPF | range | accuracy | range | consistency, nats | TPF gained per point | "
+                "after round 1 | seeds |",
+                "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+                *rows,
+                "",
+            ]
+    return lines
 
 
-def _figures(found: list[Outcome], start: tuple[float, float]) -> str:
-    if not found:
-        return "not run | | | | | | 0"
-    tpf, accuracy = mean(o.tpf for o in found), mean(o.accuracy for o in found)
-    lost = max(0.5, 100 * (start[1] - accuracy))
+def page(directories: Sequence[Path]) -> str:
+    """The page of docs."""
+    lines = [
+        "# Ablation on the tiny model",
+        "",
+        "Made by `python -m bench.ablate`. *TPF gained per point* is what tokens per forward rose over the base's for "
+        "each percentage point of accuracy below the base's (at least half a point is counted: fewer cannot be told "
+        "apart on so few problems). Ranges are over seeds, which choose the prompts, the guesses and the noise. The "
+        f"default is window {DEFAULT.window}, noise ratio from {DEFAULT.t_min:g} to 1, next-token weight "
+        f"{DEFAULT.ar_weight:g}, n = {DEFAULT.block_sizes[0]}, {DEFAULT.trajectories} trajectories and responses by "
+        f"the {DEFAULT.responses}.",
+        "",
+    ]
+    return "\n".join([*lines, *(line for directory in directories for line in section(directory))])
+
+
+def _outcomes(cells: Path, recipe: Recipe) -> list[Outcome]:
+    paths = (cells / f"{cell_name(recipe, seed)}.json" for seed in range(MOST_SEEDS))
+    return [read_outcome(path) for path in paths if path.exists()]
+
+
+def _figures(found: list[Outcome], base: Measured) -> str:
+    speeds, right = [o.tpf for o in found], [o.accuracy for o in found]
+    lost = max(0.5, 100 * (base[1] - mean(right)))
     return " | ".join(
         [
-            f"{tpf:.2f}",
-            f"{min(o.tpf for o in found):.2f} to {max(o.tpf for o in found):.2f}",
-            f"{accuracy:.1%}",
+            f"{mean(speeds):.2f}",
+            f"{min(speeds):.2f} to {max(speeds):.2f}",
+            f"{mean(right):.1%}",
+            f"{min(right):.1%} to {max(right):.1%}",
             f"{mean(o.consistency for o in found):.2f}",
-            f"{(tpf - start[0]) / lost:.2f}",
+            f"{(mean(speeds) - base[0]) / lost:.2f}",
             f"{mean(o.tpf_by_round[0] for o in found):.2f}, {mean(o.accuracy_by_round[0] for o in found):.1%}",
             str(len(found)),
         ]
@@ -154,11 +181,12 @@ def _digest_of(model: str) -> str:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--cells", type=Path, required=True, help="directory of the cells' JSON files")
-    p.add_argument("--table", type=Path, default=Path("docs/ablation.md"))
+    p.add_argument("--also", type=Path, nargs="*", default=[], help="directories whose tables follow on the page")
+    p.add_argument("--table", type=Path, default=Path("docs/ablation.md"), help="the page")
     p.add_argument("--model", default=str(tiny_inputs.TINY), help="the base")
     first = tiny_inputs.RUN / "round-001"
     p.add_argument("--start", default=str(first if first.exists() else tiny_inputs.TINY), help="what cells start from")
-    p.add_argument("--seeds", type=int, default=2)
+    p.add_argument("--seeds", type=int, default=2, choices=range(1, MOST_SEEDS + 1))
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--only", help="run only cells whose name contains this")
     p.add_argument("--at-most", type=int, help="run at most so many cells now")
@@ -169,11 +197,11 @@ def main() -> None:
     cells = open_directory(args.cells, {**asdict(effort), "start": _digest_of(args.start)})
     model, start = (tiny_inputs.load(path, "cpu") for path in (args.model, args.start))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    start_path = cells / "start.json"
-    if not start_path.exists():
-        tpf, accuracy = evaluate(start, tokenizer, effort)
-        write_json(start_path, {"tpf": tpf, "accuracy": accuracy})
-    begin = json.loads(start_path.read_text())
+    if not (cells / "models.json").exists():
+        write_json(
+            cells / "models.json",
+            {"base": evaluate(model, tokenizer, effort), "start": evaluate(start, tokenizer, effort)},
+        )
     ran = 0
     for recipe, seed in wanted(args.seeds):
         name = cell_name(recipe, seed)
@@ -185,7 +213,7 @@ def main() -> None:
         ran += 1
         print(f"{name}: TPF {outcome.tpf:.2f}, accuracy {outcome.accuracy:.1%}, {outcome.cpu_s:.0f} s", flush=True)
     args.table.parent.mkdir(parents=True, exist_ok=True)
-    args.table.write_text(table(cells, args.seeds, (begin["tpf"], begin["accuracy"]), effort))
+    args.table.write_text(page([cells, *args.also]))
 
 
 if __name__ == "__main__":

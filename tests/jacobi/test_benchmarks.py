@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from bench import attention, gpu, published, roofline, tiny_inputs
-from bench.ablate import DEFAULT, DirectoryOfAnotherRunError, cell_name, open_directory, table, wanted, write_json
+from bench.ablate import DEFAULT, DirectoryOfAnotherRunError, cell_name, open_directory, page, wanted, write_json
 from bench.ablation import Effort, Outcome
 from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.loss import forcing_loss
@@ -63,12 +63,16 @@ def test_ablation_cells_have_names_of_their_own_and_fill_the_table(tmp_path: Pat
     cells = list(wanted(2))
     names = [cell_name(recipe, seed) for recipe, seed in cells]
     assert len(set(names)) == len(cells) and cells[0] == (DEFAULT, 0)
-    for seed in range(2):
-        outcome = Outcome(2.0 + seed, 0.95, 1.5, (1.5, 2.0 + seed), (0.97, 0.95), 60.0)
-        write_json(tmp_path / f"{cell_name(DEFAULT, seed)}.json", {"outcome": outcome.__dict__})
-    page = table(tmp_path, 2, (1.0, 0.98), Effort())
-    assert "| 1 (default) | 2.50 | 2.00 to 3.00 | 95.0% | 1.50 | 0.50 | 1.50, 97.0% | 2 |" in page
-    assert "| reused | not run" in page
+    open_directory(tmp_path, asdict(Effort()))
+    write_json(tmp_path / "models.json", {"base": (1.0, 0.98), "start": (1.2, 0.96)})
+    for recipe, tpf in ((DEFAULT, 2.0), (replace(DEFAULT, trajectories="reused"), 1.0)):
+        for seed in range(2):
+            outcome = Outcome(tpf + seed, 0.95, 1.5, (1.5, tpf + seed), (0.97, 0.95), 60.0)
+            write_json(tmp_path / f"{cell_name(recipe, seed)}.json", {"outcome": outcome.__dict__})
+    written = page([tmp_path])
+    row = "2.50 | 2.00 to 3.00 | 95.0% | 95.0% to 95.0% | 1.50 | 0.50 | 1.50, 97.0% | 2 |"
+    assert f"| regenerated (default) | {row}" in written and "\n| reused | 1.50 |" in written
+    assert "| window" not in written, "a choice with one cell is no choice"
 
 
 def test_ablations_of_different_effort_are_not_mixed(tmp_path: Path) -> None:
