@@ -78,8 +78,8 @@ def _exit_code(error: Exception) -> int | None:
     from jf_cluster.collect.prompts import PromptsError
     from jf_cluster.evaluate.evaluation import EvaluateError
     from jf_cluster.evaluate.graders.sandbox import SandboxError
-    from jf_cluster.jacobi.attention import UnsupportedModelError
     from jf_cluster.jacobi.decoding import PromptError
+    from jf_cluster.jacobi.support import UnsupportedModelError
     from jf_cluster.models import ModelError
     from jf_cluster.preflight import PreflightError
     from jf_cluster.rounds import RunBusyError

@@ -33,13 +33,13 @@ class LoadOptions:
     def load(self, model: str, device: str | None) -> Loaded:
         """Load ``model`` and refuse one that cannot be decoded in parallel; errors as ``loaded.load`` says."""
         from jf_cluster.inference.loaded import load
-        from jf_cluster.jacobi.attention import check_model
+        from jf_cluster.jacobi.attention import branch_attention
 
         loaded = load(
             model, dtype=self.dtype, device=device, threads=self.threads, trust_remote_code=self.trust_remote_code
         )
-        check_model(loaded.model)
-        return loaded
+        with branch_attention(loaded.model):  # which tries it
+            return loaded
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -23,14 +26,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from jf_cluster.jacobi.layout import CachedRows, Forest
+from jf_cluster.jacobi.support import check_forward, check_model
 from jf_cluster.jacobi.tails import Tails, attend_tails
 
 Backend = Literal["auto", "dense", "sdpa", "flex", "flash"]
 Tensor = torch.Tensor
-
-
-class UnsupportedModelError(ValueError):
-    """The model cannot be run with stem-and-branches attention; the message says why."""
 
 
 def choose_backend(device: torch.device) -> Backend:
@@ -40,41 +40,50 @@ def choose_backend(device: torch.device) -> Backend:
     return "sdpa"
 
 
+@dataclass
+class _Use:
+    """Who runs a model with branch attention at the moment: a stream that is read, others beside it."""
+
+    before: str
+    """The model's own attention."""
+    now: list[str] = field(default_factory=list)
+
+
+_uses: WeakKeyDictionary[PreTrainedModel, _Use] = WeakKeyDictionary()
+_tried: WeakSet[PreTrainedModel] = WeakSet()
+_lock = threading.RLock()
+
+
 @contextmanager
 def branch_attention(model: PreTrainedModel, backend: Backend = "auto") -> Iterator[PreTrainedModel]:
     """Run ``model`` with stem-and-branches attention inside the ``with`` block.
 
+    Blocks may overlap in any way, in several threads too: the model has its own attention back when the last one ends.
+
     Raises:
-        UnsupportedModelError: encoder-decoder models, and sliding-window layers shorter than the context.
+        UnsupportedModelError: a model that gives other results in branches than by itself (``support.py``).
     """
     check_model(model)
-    if backend == "auto":
-        backend = choose_backend(model.device)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(implementation(backend))
+    wanted = implementation(choose_backend(model.device) if backend == "auto" else backend)
+    with _lock:
+        use = _uses.get(model) or _Use(model.config._attn_implementation)
+        if model not in _tried and not use.now:
+            try:
+                if check_forward(model, implementation("dense")):
+                    _tried.add(model)
+            finally:
+                model.set_attn_implementation(use.before)
+        model.set_attn_implementation(wanted)
+        use.now.append(wanted)
+        _uses[model] = use
     try:
         yield model
     finally:
-        model.set_attn_implementation(before)
-
-
-def check_model(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError unless ``model`` is a decoder with full causal attention in every layer."""
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{config.model_type} is an encoder-decoder; Jacobi decoding needs a causal decoder"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise UnsupportedModelError(
-            f"{config.model_type} has layers of kind {', '.join(sorted(kinds - {'full_attention'}))}; Jacobi decoding "
-            "needs full attention over a key-value cache in every layer"
-        )
-    if getattr(config, "num_key_value_heads", None) is None or not getattr(model, "_supports_attention_backend", True):
-        raise UnsupportedModelError(
-            f"{config.model_type} does not use transformers' attention interface over a key-value cache"
-        )
+        with _lock:
+            use.now.remove(wanted)
+            model.set_attn_implementation(use.now[-1] if use.now else use.before)
+            if not use.now:
+                del _uses[model]
 
 
 def _attend(
@@ -217,7 +226,10 @@ def _interface(
             layer: Any = module.layer_idx
             return attend_tails(layer, query, key, value, layout, scaling), None
         if layout is None:
-            raise ValueError("a model under branch_attention must be called with layout=")
+            raise ValueError(
+                "a model under branch_attention must be called with layout=; to use it as it is, first exhaust or "
+                "close the streams that decode with it"
+            )
         # Under autocast rotary embeddings leave queries and keys in float32; kernels take one type.
         query, key = query.to(value.dtype), key.to(value.dtype)
         return backend(query, key, value, layout, scaling).transpose(0, 1)[None], None

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -185,14 +186,23 @@ def stored(model: PreTrainedModel) -> Choice | None:
     """Give the choice kept beside the model for this kind of machine, or None."""
     entry = _read(model).get(machine(model))
     if entry is None:
+        return _unkept.get(model, {}).get(machine(model))
+    try:
+        return Choice(Drafting(**entry["drafting"]), entry["explanation"], entry["speedup"])
+    except (KeyError, TypeError, ValueError) as error:
+        logger.warning("the calibration in %s cannot be used and is made anew: %s", kept_in(model), error)
         return None
-    return Choice(Drafting(**entry["drafting"]), entry["explanation"], entry["speedup"])
 
 
 def store(model: PreTrainedModel, choice: Choice) -> Path | None:
-    """Keep the choice beside the model in one atomic step; None where the model has no directory to write to."""
+    """Keep the choice beside the model in one atomic step, or for this process where there is no place to write to.
+
+    Returns:
+        The file; None for this process only.
+    """
     path = kept_in(model)
     if path is None:
+        _unkept.setdefault(model, {})[machine(model)] = choice
         return None
     entries = _read(model)
     entries[machine(model)] = {
@@ -207,8 +217,12 @@ def store(model: PreTrainedModel, choice: Choice) -> Path | None:
         draft.replace(path)
     except OSError as error:
         logger.warning("the calibration is not kept, %s cannot be written: %s", path, error)
+        _unkept.setdefault(model, {})[machine(model)] = choice
         return None
     return path
+
+
+_unkept: WeakKeyDictionary[PreTrainedModel, dict[str, Choice]] = WeakKeyDictionary()
 
 
 def machine(model: PreTrainedModel) -> str:
@@ -241,6 +255,8 @@ def _read(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         return {}
     try:
         entries: dict[str, dict[str, Any]] = json.loads(path.read_text())
+        if not isinstance(entries, dict):
+            raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
         logger.warning("%s cannot be read and is made anew: %s", path, error)
         return {}

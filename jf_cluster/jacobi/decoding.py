@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from jf_cluster.jacobi.attention import check_model
 from jf_cluster.jacobi.calibration import AUTO, Auto, choose
 from jf_cluster.jacobi.drafts import JACOBI, Drafting, Reason, Row
 from jf_cluster.jacobi.engine import decode_rows
 from jf_cluster.jacobi.sampling import GREEDY, Sampling
+from jf_cluster.jacobi.support import check_model
 from jf_cluster.jacobi.text import Decode, TextStream
 
 OnTokens = Callable[[int, list[int]], None]

@@ -25,6 +25,7 @@ from jf_cluster.jacobi.drafts import Row
 from jf_cluster.jacobi.graphs import Graphs
 from jf_cluster.jacobi.layout import CachedRows, visible
 from jf_cluster.jacobi.sampling import IntArray, Sampling
+from jf_cluster.jacobi.support import output_head
 
 Accepted = list[tuple[Row, list[int]]]
 """Rows and the tokens a forward pass added to each."""
@@ -50,7 +51,8 @@ class Batch:
         self._written = slice(0, 0)  # columns of the single row's mask that are not zero
         static = model.device.type == "cuda" and rows <= GRAPH_ROWS if static is None else static
         self._graphs = Graphs(self._packed_forward, model.device) if static else None
-        self._head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._head = output_head(model)
+        self._weights = next(model.parameters()).data_ptr()
 
     @property
     def free(self) -> int:
@@ -62,10 +64,9 @@ class Batch:
         return self._graphs is not None
 
     def serves(self, rows: int, slots: int, widest: int) -> bool:
-        """Whether this batch, idle, has the place for other rows and its weights are still the model's."""
+        """Whether this batch, idle, has the place for other rows and the model's weights are where they were."""
         roomy = rows == self.capacity and slots <= self.slots and widest <= self.widest
-        cache = self.cache.keys[0]
-        return roomy and not self.active and (cache.dtype, cache.device) == (self.model.dtype, self.model.device)
+        return roomy and not self.active and self._weights == next(self.model.parameters()).data_ptr()
 
     def join(self, rows: Sequence[Row]) -> Accepted:
         """Prefill ``rows`` in one forward pass and give each one's first token; rows done with it do not stay."""
@@ -281,7 +282,8 @@ def decode_rows(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[tuple[i
             # Not inside inference mode: whoever reads the iterator goes on in between.
             yield from ((numbers[id(row)], tokens) for row, tokens in accepted)
             with torch.inference_mode():
-                accepted = batch.step() if batch.active else []
+                # Once these rows are done the batch may be another call's.
+                accepted = [] if all(row.done for row in rows) else batch.step()
 
 
 _kept: list[Batch] = []

@@ -6,7 +6,7 @@ for a chunk of positions at a time and are computed again in the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from jf_cluster.jacobi.packing import RATIO_BUCKETS, PackedBatch
+from jf_cluster.jacobi.support import output_head
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def forcing_loss(model: PreTrainedModel, batch: PackedBatch, *, chunk_tokens: in
         input_ids=batch.tokens, position_ids=batch.forest.position_ids, use_cache=False, layout=batch.forest
     ).last_hidden_state[0]
     clean, noisy = hidden.index_select(0, batch.clean), hidden.index_select(0, batch.noisy)
-    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = output_head(model)
     sums = []
     chunks = list(_chunks(batch.mirrors, batch.clean_tokens, chunk_tokens))
     for c, n in chunks:
@@ -89,7 +90,7 @@ def _chunks(mirrors: torch.Tensor, clean_tokens: int, chunk_tokens: int) -> Iter
 
 
 def _chunk_sums(
-    head: torch.nn.Module,
+    head: Callable[[torch.Tensor], torch.Tensor],
     clean: torch.Tensor,
     noisy: torch.Tensor,
     targets: torch.Tensor,

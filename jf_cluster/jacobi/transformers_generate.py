@@ -3,7 +3,8 @@
 Two ways in: ``model.generate(**inputs, custom_generate=generate)`` with the function here, and
 ``model.generate(**inputs, custom_generate=directory, trust_remote_code=True)`` with an exported model, whose
 ``custom_generate/generate.py`` is a copy of this file. Lengths, end tokens, temperature, top-k and top-p are taken from
-the generation configuration as usual. What this decoder does not do is refused, never ignored.
+the generation configuration as usual. What this decoder does not do is refused. To the function, though, transformers
+gives neither ``streamer`` nor ``assistant_model``: use ``on_tokens`` with it.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ def _prepared_by_transformers(
     generation_config: GenerationConfig | None,
     **given: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    if given.get("assistant_model") is not None:
+        raise UnsupportedGenerationError("Jacobi decoding needs no assistant_model: leave it out")
     tokenizer, streamer = given.pop("tokenizer", None), given.pop("streamer", None)
     inputs = given.pop("inputs", None)
     strings = given.pop("stop_strings", None) or getattr(generation_config, "stop_strings", None)
@@ -153,7 +156,13 @@ def _refuse(
 ) -> None:
     names = [type(p).__name__ for p in [*(logits_processor or []), *(stopping_criteria or [])]]
     if foreign := sorted(set(names) - OURS):
-        raise UnsupportedGenerationError(f"Jacobi decoding does not serve {', '.join(foreign)}")
+        raise UnsupportedGenerationError(
+            f"Jacobi decoding does not serve {', '.join(foreign)}; where the model's generation configuration asks for "
+            "it, switch it off in the call, as repetition_penalty=1.0 does"
+        )
+    others = ("assistant_early_exit", "dola_layers", "penalty_alpha", "prompt_lookup_num_tokens")
+    if wanted := [name for name in others if getattr(config, name, None)]:
+        raise UnsupportedGenerationError(f"Jacobi decoding is not decoding with {', '.join(wanted)}: leave one out")
     if (config.num_beams or 1) > 1:
         raise UnsupportedGenerationError(f"Jacobi decoding is greedy or sampled, not with num_beams={config.num_beams}")
     outputs = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")

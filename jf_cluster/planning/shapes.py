@@ -64,7 +64,7 @@ def shape_of(settings: PretrainedConfig, trust_remote_code: bool = False) -> Mod
     import torch
     from transformers import AutoModelForCausalLM
 
-    from jf_cluster.jacobi.attention import check_model
+    from jf_cluster.jacobi.support import check_model
 
     try:
         with torch.device("meta"):

@@ -62,7 +62,9 @@ class BatchSource:
         self._share = share
 
     def lengths(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Exact tokens of each row's sample in an epoch, int64[R]: what the plan packs by; 0 for prompts given up on.
+        """Exact tokens of each row's sample in an epoch, int64[R]: what the plan packs by.
+
+        It is 0 for prompts given up on and for empty responses, which teach nothing.
 
         The draw is keyed, so it can be made ahead, by whatever rank, and only its length kept.
         """
@@ -71,13 +73,12 @@ class BatchSource:
             # All rows are waited for, not this rank's only: who has them would wait for the others' in their exchange,
             # which has a time limit.
             present = self._rows.present(rows)[part]
-            return np.array(
-                [
-                    sample_length(*self._drawn_from(epoch, int(row))) if there else 0
-                    for row, there in zip(rows[part], present, strict=True)
-                ],
-                dtype=np.int64,
-            )
+            lengths = np.zeros(len(present), dtype=np.int64)
+            for i in np.flatnonzero(present):
+                trajectory, *drawn = self._drawn_from(epoch, int(rows[part][i]))
+                if len(trajectory.response):
+                    lengths[i] = sample_length(trajectory, *drawn)
+            return lengths
 
         return self._share(len(rows), of)
 

@@ -34,7 +34,7 @@ if sys.modules["mlflow"] is None:
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from jf_cluster.jacobi.packing import PackedBatch
 
@@ -146,6 +146,7 @@ class _ModelParts:
     """What the loss needs of a causal model, with the output head as a plain function."""
 
     base_model: nn.Module
+    config: PretrainedConfig
     head: Callable[[Tensor], Tensor]
 
     def get_output_embeddings(self) -> Callable[[Tensor], Tensor]:
@@ -177,7 +178,9 @@ class ForcingModule(nn.Module):
             weights: float64[2], what a token's consistency and next-token loss weigh in the whole step.
         """
         head = self.model.get_output_embeddings()
-        parts = _ModelParts(self.model.base_model, lambda hidden: linear(hidden, head.weight, head.bias))
+        parts = _ModelParts(
+            self.model.base_model, self.model.config, lambda hidden: linear(hidden, head.weight, head.bias)
+        )
         result = forcing_loss(parts, batch, chunk_tokens=self.chunk_tokens)
         sums = torch.stack((result.consistency_sum, result.ar_sum))
         loss = (sums * weights.to(sums.dtype)).sum()

@@ -15,8 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from jf_cluster.jacobi import attention
-from jf_cluster.jacobi.attention import UnsupportedModelError, branch_attention
+from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.layout import Branch, Forest
+from jf_cluster.jacobi.support import UnsupportedModelError
 
 from .conftest import VOCABULARY
 

@@ -78,9 +78,13 @@ def test_auto_calibrates_once_and_keeps_the_choice_beside_the_model(on_disk: Pre
 
 
 def test_a_damaged_file_is_made_anew_and_a_model_without_directory_works(
-    on_disk: PreTrainedModel, qwen2: PreTrainedModel, caplog: pytest.LogCaptureFixture
+    on_disk: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     (Path(on_disk.name_or_path) / "decoding.json").write_text("{")
     assert stored(on_disk) is None and "is made anew" in caplog.text
     assert store(on_disk, Choice(Drafting("ar"), "why", 1.0)) is not None and stored(on_disk).drafting.mode == "ar"
-    assert stored(qwen2) is None and store(qwen2, Choice(Drafting("ar"), "why", 1.0)) is None
+    (Path(on_disk.name_or_path) / "decoding.json").write_text(json.dumps({machine(on_disk): {"drafting": {"n": 3}}}))
+    assert stored(on_disk) is None and "cannot be used and is made anew" in caplog.text
+    model = make_model("qwen2")
+    assert stored(model) is None and store(model, Choice(Drafting("ar"), "why", 1.0)) is None
+    assert stored(model).explanation == "why"  # for this process

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +13,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from jf_cluster.jacobi.attention import UnsupportedModelError, branch_attention
+from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.cache import KeyValueCache
 from jf_cluster.jacobi.decoding import PromptError, generate, stream
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting, NgramPool, Row
 from jf_cluster.jacobi.engine import Batch
 from jf_cluster.jacobi.oracle import autoregressive
 from jf_cluster.jacobi.sampling import GREEDY, Sampling
+from jf_cluster.jacobi.support import UnsupportedModelError
 
 from .conftest import END, make_model, oracle_responses, random_prompts
 
@@ -172,6 +175,39 @@ def test_a_stream_gives_what_generate_gives_and_leaves_the_model_as_it_was(qwen2
     assert not torch.is_inference_mode_enabled()  # the reader's own code is not run in inference mode
     abandoned.close()
     assert qwen2.config._attn_implementation == before
+
+
+def test_streams_of_one_model_may_be_read_in_turns(qwen2: PreTrainedModel) -> None:
+    before = qwen2.config._attn_implementation
+    prompts = random_prompts([7, 12])
+    sizes = (10, 30)
+    expected = [
+        autoregressive(qwen2, p.tolist(), max_new_tokens=n, end_ids=[]) for p, n in zip(prompts, sizes, strict=True)
+    ]
+    streams = [stream(qwen2, p.tolist(), max_new_tokens=n, end_ids=[]) for p, n in zip(prompts, sizes, strict=True)]
+    written: list[list[int]] = [[], []]
+    for pieces in zip_longest(*streams):
+        for i, piece in enumerate(pieces):
+            written[i] += piece[0] if piece else []
+    assert written == expected
+    assert qwen2.config._attn_implementation == before
+
+
+def test_a_stream_that_is_over_leaves_the_next_ones_batch_alone(
+    qwen2: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the batch is kept for the next call, here without recording graphs."""
+    monkeypatch.setattr("jf_cluster.jacobi.engine.Batch", partial(Batch, static=True))
+    monkeypatch.setattr("jf_cluster.jacobi.engine._kept", [])
+    first, second = random_prompts([7, 7])
+    (expected,) = oracle_responses(qwen2, [second], 12)
+    over = stream(qwen2, first.tolist(), max_new_tokens=4, end_ids=[])
+    while len(next(over)[1].tokens) < 4:
+        pass
+    after = stream(qwen2, second.tolist(), max_new_tokens=12, end_ids=[END])
+    written = next(after)[0]
+    assert next(over, None) is None
+    assert written + [token for tokens, _ in after for token in tokens] == expected
 
 
 def test_the_cost_of_a_response_adds_up(qwen2: PreTrainedModel) -> None:

@@ -57,16 +57,19 @@ def test_samples_do_not_depend_on_the_mode_and_follow_the_seed(qwen2: PreTrained
 def test_what_it_does_not_serve_is_refused(qwen2: PreTrainedModel) -> None:
     ids, _ = padded([5])
     for wrong, message in (
-        ({"repetition_penalty": 1.5}, "RepetitionPenalty"),
+        ({"repetition_penalty": 1.5}, "RepetitionPenalty.*switch it off in the call, as repetition_penalty=1.0"),
         ({"num_beams": 2}, "num_beams=2"),
         ({"max_time": 1.0}, "MaxTimeCriteria"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
         ({"drafting": "warp"}, "unknown decoding mode 'warp'"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             qwen2.generate(ids, max_new_tokens=4, eos_token_id=END, pad_token_id=PAD, custom_generate=generate, **wrong)
     with pytest.raises(UnsupportedGenerationError, match="stop strings need tokenizer="):
         generate(qwen2, inputs=ids, stop_strings="x", max_new_tokens=4)
+    with pytest.raises(UnsupportedGenerationError, match="assistant_model: leave it out"):
+        generate(qwen2, inputs=ids, assistant_model=qwen2, max_new_tokens=4)
 
 
 ELSEWHERE = """

@@ -14,12 +14,13 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 from jf_cluster.config import TINY_BASE, Config
 from jf_cluster.config import LoraConfig as LoraSettings
-from jf_cluster.jacobi.attention import UnsupportedModelError, branch_attention
+from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.layout import Forest
 from jf_cluster.jacobi.loss import forcing_loss
 from jf_cluster.jacobi.packing import PackedBatch, collate
 from jf_cluster.jacobi.samples import NoisyBranch, Sample
 from jf_cluster.jacobi.sampling import Sampling
+from jf_cluster.jacobi.support import UnsupportedModelError
 from jf_cluster.models import ModelError
 from jf_cluster.planning import memory, speed
 from jf_cluster.planning.fitting import changed

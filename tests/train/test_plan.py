@@ -11,8 +11,8 @@ import torch
 from jf_cluster.config import Config
 from jf_cluster.train.batches import BatchSource
 from jf_cluster.train.plan import MicroBatch, TrainingPlan
-from tests.train.conftest import seal
-from trajectory_store import JoinedRows, SealedRows, TrajectoryStore
+from tests.train.conftest import provenance, seal, trajectories
+from trajectory_store import JoinedRows, SealedRows, Trajectory, TrajectoryStore
 
 LENGTHS = np.random.default_rng(0).integers(10, 100, 57)
 
@@ -123,6 +123,21 @@ def test_lengths_are_those_of_the_batches_built_later(configured: Callable[..., 
         built = [source.batch(MicroBatch(epoch, (row,))).total_tokens for row in rows.tolist()]
         assert source.lengths(epoch, rows).tolist() == built
     assert source.lengths(0, rows).tolist() != source.lengths(1, rows).tolist()
+
+
+def test_an_empty_response_is_left_out_of_the_steps(configured: Callable[..., Config]) -> None:
+    """This project writes none, but an imported round may hold one."""
+    config = configured()
+    nothing = np.zeros(0, dtype=np.int32)
+    empty = Trajectory("a", np.array([5, 6], dtype=np.int32), nothing, False, nothing, nothing, nothing)
+    round_ = TrajectoryStore(config.store_url).round(1)
+    with round_.writer(provenance(config)) as writer:
+        for trajectory in (empty, *trajectories(3)):
+            writer.append(trajectory)
+    round_.seal(provenance(config))
+    rows = SealedRows(round_)
+    lengths = BatchSource(rows, config, 1, torch.device("cpu")).lengths(0, np.arange(4))
+    assert [length == 0 for length in lengths] == [rows[i].prompt_id == "a" for i in range(4)]
 
 
 def test_samples_of_an_earlier_round_are_drawn_anew_in_a_later_one(configured: Callable[..., Config]) -> None:
