@@ -35,6 +35,9 @@ RoundNumber = Annotated[
 MadeRound = Annotated[
     int | None, typer.Option("--round", min=1, help="Round, from 1 (0 is the base). Default: the one that is due.")
 ]
+LastRound = Annotated[
+    int | None, typer.Option("--round", min=1, help="Rounds to bring the run to. Default: the configuration's.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings on top of the file, for example train.learning_rate=1e-5 name=other."),

@@ -59,6 +59,15 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
+    """Where prompts come from and how many are needed; [what a row is](tutorial.md#8-your-data-your-grader).
+
+    One of 16 distinct texts is held out for evaluation, by a digest of the text. With ``fresh`` a run needs
+    (``rounds`` + 1) times ``per_round`` of the others, since the last model collects once more; without it
+    ``per_round``. So the source needs about 16/15 of that in distinct texts, and at least 16 times ``held_out``,
+    whichever is more, and a few percent to spare, because the digest decides. Too few are refused before anything
+    starts.
+    """
+
     source: str = "tiny"
     """``tiny`` (generated word problems), a local .json/.jsonl/.parquet file, or a Hugging Face data set id."""
     subset: str | None = None
@@ -76,7 +85,7 @@ class PromptsConfig(Section):
     fresh: bool = True
     """Give every round prompts of its own instead of the first round's again."""
     held_out: Positive = 400
-    """Prompts kept aside for evaluation; never used for training."""
+    """Prompts kept aside for evaluation, never used for training; ``evaluate.prompts`` may not be more."""
     grader: Grader = "none"
     """How a response is judged right or wrong: by its number, its mathematical expression, or by running its code."""
 
@@ -334,9 +343,9 @@ class Config(Section):
     rounds: Positive = 3
     """Rounds of collecting, training, exporting and evaluating."""
     overlap: Literal["alternate", "pipelined"] = "alternate"
-    """``alternate``: collecting and training take turns on the same machines and leave them empty. ``pipelined``: a
-    round is trained on while it is collected, on machines for both at once; collectors stay and take over each new
-    model in place. The results are the same."""
+    """``alternate``: collecting and training use the same machines in turn; each frees all memory before the next
+    starts. ``pipelined``: a round is trained on while it is collected, on machines for both at once; collectors stay
+    and take over each new model in place. The results are the same."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides prompts, initial guesses, noise, sampling and the order of the samples."""
     model: ModelConfig = ModelConfig()

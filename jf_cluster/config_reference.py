@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 from jf_cluster.config import Config
@@ -15,6 +15,19 @@ code together. A configuration is one YAML file; keys that are left out have the
 top with dots: `make train SET="train.steps=100 name=short"`, `ray job submit -- python jobs/train.py train.steps=100`.
 An unknown key is an error that names it. `python -m jf_cluster config --config FILE` prints a file with everything it
 leaves out.
+"""
+
+_WITHIN_A_RUN = """## What may change within a run
+
+A run keeps the settings it was begun with (`runs/<name>/config.yaml`), since its rounds build on each other. These say
+how the work is carried out, not what comes out of it, and may change whenever its command is typed again; a section
+stands for all its keys:
+
+{keys}.
+
+Any other change is refused with the keys that differ: give it another `name`, which is a new run. `train.workers` has
+to divide `train.micro_batches_per_step`, which may not change: choose a number with many divisors. A new run may begin
+where another one ended: `model.path=runs/mine/models/round-002`, which is then its base.
 """
 
 Schema = dict[str, Any]
@@ -36,7 +49,22 @@ def reference() -> str:
                     f"| `{key}` | {_values(field)} | {_default(field)} | {_line(field.get('description', ''))} |"
                 )
         parts.append("")
-    return "\n".join(parts)
+    # Late: with Ray and torch behind it, it takes seconds to import.
+    from jf_cluster.rounds import OPERATIONAL
+
+    keys = ", ".join(f"`{key}`" for key in _ordered(OPERATIONAL, whole, sections))
+    return "\n".join([*parts, _WITHIN_A_RUN.format(keys=keys)])
+
+
+def _ordered(chosen: Set[str], whole: Schema, sections: dict[str, Schema]) -> list[str]:
+    """Chosen keys and sections in the page's order."""
+    every = [
+        f"{name}.{key}".removeprefix(".")
+        for name, section in _sections(whole, sections, "")
+        for key in section["properties"]
+    ]
+    assert chosen <= set(every), f"no such settings: {chosen - set(every)}"
+    return [key for key in every if key in chosen]
 
 
 def _sections(section: Schema, known: dict[str, Schema], prefix: str) -> Iterator[tuple[str, Schema]]:

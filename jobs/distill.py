@@ -3,10 +3,10 @@
 
 import typer
 
-from jf_cluster.command import DEFAULT_CONFIG, ConfigPath, MadeRound, Overrides, run
+from jf_cluster.command import DEFAULT_CONFIG, ConfigPath, LastRound, Overrides, run
 
 
-def main(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG, round_number: MadeRound = None) -> None:
+def main(overrides: Overrides = None, config: ConfigPath = DEFAULT_CONFIG, round_number: LastRound = None) -> None:
     """Run all rounds: evaluate the base, then for each round collect trajectories, train on them and evaluate the
     model; at the end collect once more with the last model and print one table. --round says how many rounds.
 

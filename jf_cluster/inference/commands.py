@@ -112,7 +112,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Name clients know the model by. Default: its directory's.")] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
     cpus: Annotated[float, typer.Option(min=0, help="CPUs of a replica.")] = 1.0,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs of a replica.")] = 0.0,
+    gpus: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of a replica. Default: 1 where this machine has one, else 0.")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Requests a replica decodes together.")] = 4,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; beyond them the answer is 429.")] = 16,
     context: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response together.")] = 4096,
@@ -120,9 +122,13 @@ def serve(
     """Answer OpenAI's protocol (/v1/chat/completions, /v1/completions, /v1/models) until interrupted."""
     start_logging()
     with clear_errors():
+        import torch
+
         from jf_cluster.inference.replica import Options
         from jf_cluster.inference.server import run_server
 
+        if gpus is None:
+            gpus = 1.0 if torch.cuda.is_available() else 0.0
         options = Options(
             model=model, name=name or Path(model).name, decoding=decoding, loading=loading, host=host, port=port,
             replicas=replicas, cpus=cpus, gpus=gpus, rows=rows, queue=queue, context_tokens=context,

@@ -29,7 +29,7 @@ def run_server(options: Options, say: Callable[[str], None]) -> None:
 
     Raises:
         ModelError, ConfigError: the model or a setting cannot be used; told before Ray is started where possible.
-        ClusterError: the port is taken, or the replicas did not come up.
+        ClusterError: the port is taken, there are too few GPUs, or the replicas did not come up.
     """
     resolve(options.model)
     tokenizer_of(options.model, options.loading.trust_remote_code)
@@ -51,6 +51,8 @@ def run_server(options: Options, say: Callable[[str], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
+        if "RAY_ADDRESS" not in os.environ:  # a cluster that was joined may bring GPUs when they are asked for
+            _check_gpus(options)
         serve.start(proxy_location="HeadOnly", http_options={"host": options.host, "port": options.port})
         replica = Replica.options(
             num_replicas=options.replicas,
@@ -70,3 +72,13 @@ def run_server(options: Options, say: Callable[[str], None]) -> None:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _check_gpus(options: Options) -> None:
+    """Refuse replicas that Ray has no GPU for: Ray Serve would wait for one without end and without a word."""
+    needed, there = options.replicas * options.gpus, ray.cluster_resources().get("GPU", 0.0)
+    if needed > there:
+        raise ClusterError(
+            f"{options.replicas} replica(s) with --gpus {options.gpus:g} need {needed:g} GPU(s) and Ray has {there:g}: "
+            "lower --replicas, let replicas share one (--gpus 0.5), or serve on the CPU (--gpus 0)"
+        )

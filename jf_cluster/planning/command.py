@@ -46,8 +46,8 @@ def plan(
 
 def _plan(config: Config, calibration: bool, on: str | None, price: float | None) -> None:
     from jf_cluster import preflight
-    from jf_cluster.planning.estimate import computed_rates, gpus_held, stages
-    from jf_cluster.planning.fitting import refused_on
+    from jf_cluster.planning.estimate import computed_passes, computed_rates, gpus_held, stages
+    from jf_cluster.planning.fitting import idle_gpus, refused_on
     from jf_cluster.planning.shapes import read_shape
     from jf_cluster.planning.show import show_needs, show_times
 
@@ -56,7 +56,7 @@ def _plan(config: Config, calibration: bool, on: str | None, price: float | None
     preflight.check_settings(config)
     shape, machines = read_shape(config), _machines(config, on)
     show_needs(config, shape, machines, disks=on is None)
-    if warning := preflight.mlflow_warning(config):
+    for warning in filter(None, (preflight.mlflow_warning(config), idle_gpus(config, machines))):
         typer.secho(f"warning: {warning}", fg=typer.colors.YELLOW, err=True)
     refusals = [*preflight.refused_by_model(config, shape), *refused_on(config, shape, machines)]
     if on is None:  # the disks of machines that are elsewhere cannot be looked at
@@ -76,6 +76,10 @@ def _plan(config: Config, calibration: bool, on: str | None, price: float | None
     elif machines.gpu is not None and gpus_held(config) > 0:
         typer.echo("Time, computed from data sheets and the assumptions of docs/scaling.md, not measured:")
         show_times(config, stages(config, computed_rates(config, shape, machines)), price)
+        typer.echo(
+            f"A round trains on {computed_passes(config):.1f} times the tokens of its own samples "
+            "(train.steps, prompts.per_round; lengths are assumed)."
+        )
     else:
         typer.echo("How long it takes is only known after a calibration.")
 

@@ -93,6 +93,18 @@ def computed_rates(
     )
 
 
+def computed_passes(config: Config, assumed: Assumptions = ASSUMED) -> float:
+    """Times that a round's steps go over the samples collected for it, at the lengths that are assumed.
+
+    A sample is a prompt, its response, and for each draw as many noisy tokens as the mean noise ratio leaves of it.
+    """
+    train, noise = config.train, config.noise
+    response = min(assumed.response_tokens, config.collect.max_new_tokens)
+    sample = assumed.prompt_tokens + response * (1 + noise.draws * (noise.t_min + noise.t_max) / 2)
+    trained = train.steps * train.micro_batches_per_step * train.micro_batch_tokens * assumed.packing
+    return trained / (config.prompts.per_round * sample)
+
+
 def loading_s(config: Config, shape: ModelShape, machines: Machines, assumed: Assumptions = ASSUMED) -> float:
     """Seconds until every node has read the model once from storage that all share."""
     return machines.nodes * shape.parameters * memory.element_bytes(config) / assumed.shared_storage_bytes_per_s

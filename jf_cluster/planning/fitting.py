@@ -64,6 +64,24 @@ def _refused_stages(config: Config, shape: ModelShape, machines: Machines) -> It
         )
 
 
+def idle_gpus(config: Config, machines: Machines) -> str | None:
+    """Say which stages leave GPUs of these machines without work, or None."""
+    used = {
+        f"{stage}.workers": min(machines.gpus, math.ceil(placed.workers * placed.gpus_per_worker))
+        for stage, placed in (("collect", config.collect), ("train", config.train))
+    }
+    if config.overlap == "pipelined":
+        used = {" and ".join(used): min(machines.gpus, sum(used.values()))}
+    idle = {setting: count for setting, count in used.items() if count < machines.gpus}
+    if not idle or config.model.path == "tiny":  # the embedded run is for a CPU
+        return None
+    told = ", ".join(f"{setting} uses {count}" for setting, count in idle.items())
+    return (
+        f"of the {machines.gpus} GPUs of {machines.name} some stay idle ({told}): set more workers "
+        "(gpus_per_worker above 0, train.micro_batches_per_step a multiple of train.workers) or take fewer GPUs"
+    )
+
+
 def train_nodes(config: Config, machines: Machines) -> int:
     """Nodes that the ranks are spread over."""
     if config.train.gpus_per_worker == 0:

@@ -88,6 +88,23 @@ def test_a_wider_address_is_warned_of(directory: Path, caplog: pytest.LogCapture
     assert "server listens on 0.0.0.0 without authentication" in warning and "put a proxy" in warning
 
 
+def test_replicas_without_a_gpu_are_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = Options(
+        str(directory), "minuscule", DecodingOptions(mode="ar"), LoadOptions(), port=port, replicas=2, gpus=10_000
+    )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(ClusterError, match=r"2 replica\(s\) with --gpus 10000 need 20000 GPU\(s\).*--gpus 0\.5"):
+            run_server(options, pytest.fail)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def client(server: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120) as made:

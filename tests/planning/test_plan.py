@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from jf_cluster.__main__ import app
 from jf_cluster.config import Config, ConfigError, load_config
-from jf_cluster.planning.fitting import changed, refused_on
+from jf_cluster.planning.estimate import computed_passes
+from jf_cluster.planning.fitting import changed, idle_gpus, refused_on
 from jf_cluster.planning.machines import Machines
 from jf_cluster.planning.scaling import model_7b
 from jf_cluster.planning.shapes import read_shape, shape_of
@@ -46,6 +47,28 @@ def test_computed_times_and_costs(tmp_path: Path, planned: Callable[..., Config]
     (total,) = re.findall(r"│ all .*│ +([\d.]+) (h|min|s) │ +([\d,.]+) │", shown)
     seconds = float(total[0]) * {"h": 3600, "min": 60, "s": 1}[total[1]]
     assert float(total[2].replace(",", "")) == pytest.approx(seconds / 3600 * 8 * 2.5, rel=0.02)
+
+
+def test_idle_gpus_are_a_warning(tmp_path: Path, planned: Callable[..., Config]) -> None:
+    code, shown, errors = plan(tmp_path, "--on", "64xH100", config=planned())
+    assert code == 0 and "Nothing speaks against this run" in shown
+    assert errors.startswith(
+        "warning: of the 64 GPUs of 64xH100 some stay idle (collect.workers uses 8, train.workers uses 8): set more"
+    )
+    more = {"collect.workers": 64, "train.workers": 64, "train.micro_batches_per_step": 64}
+    assert plan(tmp_path, "--on", "64xH100", config=changed(planned(), more))[2] == ""
+    both, machines = {"overlap": "pipelined"}, Machines.thought_of("64xH100")
+    assert idle_gpus(changed(planned(), more | both), machines) is None
+    said = idle_gpus(changed(planned(), both), machines)
+    assert said is not None and "collect.workers and train.workers uses 16" in said
+
+
+def test_passes_over_the_data(tmp_path: Path, planned: Callable[..., Config]) -> None:
+    # 100 steps of 8 micro-batches of 4,096 tokens, 97% full, over 500 samples of 200 + 600 + 300 tokens.
+    config = planned(train__steps=100, prompts__per_round=500, collect__max_new_tokens=2048)
+    assert computed_passes(config) == pytest.approx(100 * 8 * 4096 * 0.97 / (500 * 1100))
+    _, shown, _ = plan(tmp_path, "--on", "8xH100", config=config)
+    assert "A round trains on 5.8 times the tokens of its own samples" in shown
 
 
 def test_a_70b_model_does_not_train_on_one_gpu(tmp_path: Path, planned: Callable[..., Config]) -> None:
