@@ -115,6 +115,8 @@ class CollectConfig(Section):
     """Block size n of each round; the last one serves all later rounds."""
     forward_tokens: Positive = 2048
     """Most tokens in one forward pass while trajectories are iterated; a GPU wants tens of thousands."""
+    after_last: bool = True
+    """Collect once more with the last model: its iterations per block are then known, and one round more can follow."""
     shard_bytes: Positive = 64 * 1024 * 1024
     """A shard is closed when it holds about this many bytes."""
     commit_every_s: Annotated[float, Field(ge=0)] = 30.0
@@ -379,6 +381,11 @@ class Config(Section):
         collecting = self.collect.workers * float(getattr(self.collect, each))
         training = self.train.workers * float(getattr(self.train, each))
         return collecting + training if self.overlap == "pipelined" else max(collecting, training)
+
+    @property
+    def collections(self) -> int:
+        """Rounds that are collected by the time the run is done."""
+        return self.rounds + self.collect.after_last
 
     def model_dir(self, round_number: int) -> str:
         """Where model ``round_number`` is loaded from; model 0 is the base."""

@@ -87,8 +87,7 @@ def check_settings(config: Config, asked_round: int | None = None) -> None:
         )
     if "code" in (config.prompts.grader, grader_of(config)):
         sandbox.check(config.sandbox)
-    # The last model collects once more, so that its iterations per block are known.
-    check_prompts(config, max(config.rounds + 1, asked_round or 0))
+    check_prompts(config, max(config.collections, asked_round or 0))
 
 
 def raise_refused(refusals: list[Refusal]) -> None:

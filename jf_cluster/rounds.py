@@ -40,7 +40,7 @@ OPERATIONAL = frozenset(
         *("name", "runs_dir", "store", "rounds", "overlap", "tracking", "model.attention"),
         *("collect.workers", "collect.cpus_per_worker", "collect.gpus_per_worker", "collect.batch_prompts"),
         *("collect.batch_timeout_s", "collect.max_attempts", "collect.forward_tokens", "collect.shard_bytes"),
-        "collect.commit_every_s",
+        *("collect.commit_every_s", "collect.after_last"),
         *("train.workers", "train.cpus_per_worker", "train.gpus_per_worker", "train.loss_chunk_tokens", "train.zero"),
         *("train.gradient_checkpointing", "train.checkpoint_every_steps", "train.keep_checkpoints"),
         *("train.checkpoint_every_s", "train.checkpoint_async", "train.guard"),
@@ -124,12 +124,13 @@ class Rounds:
         self._say(f"the evaluation of model {round_number} is in {place}", "collect", round_number + 1)
 
     def distill(self) -> None:
-        """Do all rounds, then collect once more with the last model, so that its iterations per block are known."""
+        """Do all rounds, then collect with the last model too, unless ``collect.after_last`` says not to."""
         self._evaluate(0)
         for round_number in range(1, self.config.rounds + 1):
             self._make_models(round_number)
             self._evaluate(round_number)
-        self._collect(self.config.rounds + 1)
+        if self.config.collect.after_last:
+            self._collect(self.config.rounds + 1)
         rows = show(self.config, self.tracker)
         print_evaluation(self.config, self.config.rounds)
         print_table(rows)

@@ -80,14 +80,15 @@ class StatusReader:
         recorded = self._run_dir / "config.yaml"
         config = load_config(recorded) if recorded.is_file() else self._config
         rounds = tuple(self._round(config, number) for number in range(config.rounds + 1))
-        last = self._trajectories(config, config.rounds + 1)[1]  # the last model collects once more
-        done = sum(r.stages_done for r in rounds) + last
+        done = sum(r.stages_done for r in rounds)
+        if config.collect.after_last:
+            done += self._trajectories(config, config.rounds + 1)[1]
         return Status(
             name=config.name,
             where=self._run_dir,
             now=read_activity(self._run_dir),
             rounds=rounds,
-            stages_left=3 * config.rounds + 2 - done,
+            stages_left=config.collections + 2 * config.rounds + 1 - done,
             checkpoint=self._checkpoint(),
             troubles=tuple(last_troubles(self._run_dir, TROUBLES)),
         )

@@ -45,13 +45,13 @@ class StageTime:
 
 
 def stages(config: Config, rates: Rates) -> list[StageTime]:
-    """Time of every stage that ``make train`` goes through: the last model collects once more.
+    """Time of every stage that ``make train`` goes through.
 
     Later rounds collect and evaluate faster than the first, because the model has learned to decode in parallel; every
     round is counted like the first.
     """
     return [
-        StageTime("collect", config.rounds + 1, rates.collect_once + config.prompts.per_round * rates.collect_prompt),
+        StageTime("collect", config.collections, rates.collect_once + config.prompts.per_round * rates.collect_prompt),
         StageTime("train", config.rounds, rates.train_once + config.train.steps * rates.train_step),
         StageTime("evaluate", config.rounds + 1, rates.evaluate_once + config.evaluate.prompts * rates.evaluate_prompt),
     ]

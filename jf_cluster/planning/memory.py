@@ -201,7 +201,7 @@ def disk(config: Config, shape: ModelShape, response_tokens: float | None = None
     """Bytes of the store, and of what lies under ``runs_dir``; every response as long as it may be where not known."""
     tokens = config.prompts.per_round * (response_tokens or config.collect.max_new_tokens)
     store = sum(
-        tokens * store_bytes_per_token(shape, config.collect.block_size_of(r)) for r in range(1, config.rounds + 2)
+        tokens * store_bytes_per_token(shape, config.collect.block_size_of(r)) for r in range(1, config.collections + 1)
     )
     kept = config.train.keep_checkpoints + 2  # the best, and the one being written
     return int(store), Need(

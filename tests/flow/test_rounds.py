@@ -15,10 +15,12 @@ from jf_cluster.config import Config, ConfigError
 from jf_cluster.evaluate.evaluation import Evaluation, ModeResult, save_evaluation
 from jf_cluster.models import ModelError
 from jf_cluster.planning import memory
+from jf_cluster.planning.estimate import Rates, stages
 from jf_cluster.planning.shapes import read_shape
 from jf_cluster.preflight import PreflightError, check
 from jf_cluster.report import write_report
-from jf_cluster.rounds import RunBusyError, opened
+from jf_cluster.rounds import Rounds, RunBusyError, opened
+from jf_cluster.status import StatusReader
 from jf_cluster.typed import Typed
 from tests.flow.conftest import run, small_config
 
@@ -41,6 +43,22 @@ def test_how_a_run_is_carried_out_may_change(tmp_path: Path, base_model: Path) -
     begun(small_config(tmp_path, base_model, rounds=3, collect__workers=1, train__keep_checkpoints=1))
     begun(small_config(tmp_path, base_model, rounds=1))
     assert "rounds: 3" in (tmp_path / "small" / "config.yaml").read_text(), "rounds only grow"
+
+
+@pytest.mark.parametrize("after_last", [True, False])
+def test_the_collection_with_the_last_model_can_be_left_out(
+    tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch, after_last: bool
+) -> None:
+    config = small_config(tmp_path, base_model, rounds=2, collect__after_last=after_last)
+    done: list[tuple[str, int]] = []
+    for stage in ("_evaluate", "_make_models", "_collect"):
+        monkeypatch.setattr(Rounds, stage, lambda _, number, stage=stage: done.append((stage, number)))
+    monkeypatch.setattr("jf_cluster.rounds.print_evaluation", lambda *_: None)
+    with opened(config) as rounds:
+        rounds.distill()
+    assert done[-1] == (("_collect", 3) if after_last else ("_evaluate", 2))
+    assert StatusReader(config).read().stages_left == 7 + after_last
+    assert stages(config, Rates(*[1.0] * 6))[0].count == 2 + after_last
 
 
 def test_two_processes_do_not_work_on_one_run(config: Config) -> None:
