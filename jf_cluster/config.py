@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
@@ -39,7 +39,7 @@ def _of_round(values: tuple[T, ...], round_number: int) -> T:
 class Section(BaseModel):
     """A frozen part of the tree that rejects unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -103,13 +103,19 @@ class CollectConfig(Section):
     generator: Literal["builtin", "vllm"] = "builtin"
     """What the base writes responses with: this project's decoder, or vLLM (a GPU, greedy, the ``vllm`` extra)."""
     block_size: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16,)
-    """Block size n of each round; the last one serves all later rounds."""
+    """Block size n of every round, or one for each round; the last one serves all later rounds."""
     forward_tokens: Positive = 2048
     """Most tokens in one forward pass while trajectories are iterated; a GPU wants tens of thousands."""
     shard_bytes: Positive = 64 * 1024 * 1024
     """A shard is closed when it holds about this many bytes."""
     commit_every_s: Annotated[float, Field(ge=0)] = 30.0
     """Longest time finished trajectories wait in a worker before they are written to disk."""
+
+    # Kept as a tuple, so that 16 and [16] are the same settings when a run is resumed.
+    @field_validator("block_size", mode="before", json_schema_input_type=Positive | tuple[Positive, ...])
+    @classmethod
+    def _of_every_round(cls, value: object) -> object:
+        return (value,) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _written_by_vllm(self) -> CollectConfig:
@@ -428,7 +434,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Read a YAML file, put ``key.sub=value`` overrides on top and validate.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, or a value that does not fit; the message names which.
+        ConfigError: no such file, not YAML of keys and values, an unknown key, or a value that does not fit; the
+            message names which.
     """
     path = Path(path)
     if not path.is_file():
@@ -437,15 +444,25 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if "=" not in item:
             raise ConfigError(f"override {item!r} is not of the form key.sub=value")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        settings = OmegaConf.load(path)
+        if isinstance(settings, ListConfig):
+            raise ConfigError(
+                f"{path} holds a list; a configuration is keys with their values, as in configs/tiny.yaml"
+            )
+        tree = OmegaConf.merge(settings, OmegaConf.from_dotlist(list(overrides)))
         return Config.model_validate(OmegaConf.to_container(tree, resolve=True))
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {_reason(e)}" for e in error.errors()]
         raise ConfigError(
             "\n".join([f"{path} with {len(overrides)} override(s) is not a valid configuration:", *lines])
         ) from None
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+    except TypeError:  # OmegaConf's word for it: it does not merge lists with keys
+        raise ConfigError(
+            f"{path} with {', '.join(overrides)}: one gives a list where the other has keys; override a list "
+            "as a whole (key.sub=[1,2])"
+        ) from None
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML in UTF-8: {error}") from None
 
 
 def _reason(error: object) -> str:
