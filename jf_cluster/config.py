@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 PACKAGE_ROOT = Path(__file__).parent
@@ -25,6 +25,18 @@ Grader = Literal["none", "arithmetic", "gsm8k", "math", "code"]
 Template = Literal["auto", "chat", "plain"]
 Task = Literal["held_out", "gsm8k", "math", "humaneval", "mbpp"]
 T = TypeVar("T")
+
+
+def _at_home(path: str) -> str:
+    """``path`` with a leading ``~`` or ``~name`` replaced, as the shell does only where it sees it."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise ValueError(f"nobody's home directory is {path.split('/')[0]}: write the whole path") from error
+
+
+Place = Annotated[str, AfterValidator(_at_home)]
+"""A local path, a URL, or a name on a hub."""
 
 
 class ConfigError(ValueError):
@@ -43,7 +55,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str = "tiny"
+    path: Place = "tiny"
     """Base model: a Hugging Face id, a local directory, or ``tiny`` for the model shipped with the project."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the weights are computed in when collecting, training and evaluating."""
@@ -59,7 +71,7 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
-    source: str = "tiny"
+    source: Place = "tiny"
     """``tiny`` (generated word problems), a local .json/.jsonl/.parquet file, or a Hugging Face data set id."""
     subset: str | None = None
     """Configuration name of a Hugging Face data set."""
@@ -272,7 +284,7 @@ class DecodingConfig(Section):
 class EvaluateConfig(Section):
     task: Task = "held_out"
     """``held_out``: prompts kept aside, judged by ``prompts.grader``; else a benchmark with a grader of its own."""
-    source: str | None = None
+    source: Place | None = None
     """The benchmark's rows, a local file or a Hugging Face data set id; default its home on the hub."""
     subset: str | None = None
     """Configuration name of that data set."""
@@ -334,7 +346,7 @@ class Config(Section):
     """Name of the run and of its folder under ``runs_dir``."""
     runs_dir: Path = Path("runs")
     """Where runs are kept; a relative path is taken from the directory the run was started in."""
-    store: str | None = None
+    store: Place | None = None
     """Trajectory store: a local path or an object-store URL; default ``<runs_dir>/<name>/store``. A key in it is used
     and not recorded."""
     rounds: Positive = 3
@@ -362,6 +374,15 @@ class Config(Section):
                 f"{value!r} must be 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
             )
         return value
+
+    @field_validator("runs_dir", mode="before")
+    @classmethod
+    def _local(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if "://" in value:
+            raise ValueError("only store may be a URL: models and checkpoints need a folder that every machine sees")
+        return _at_home(value)
 
     @property
     def run_dir(self) -> Path:

@@ -46,6 +46,19 @@ def test_relative_paths_mean_the_same_everywhere(tmp_path: Path, monkeypatch: py
     assert load_config(path, ["store=s3://bucket/run"]).anchored(tmp_path).store_url == "s3://bucket/run"
 
 
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell replaces it at the start of a word only, and YAML never."""
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    path = CONFIGS[-1].parent / "tiny.yaml"
+    places = ["runs_dir=~/runs", "store=~/store", "model.path=~/model", "prompts.source=~/q.jsonl"]
+    config = load(path, [*places, "evaluate.source=~/e.jsonl"])
+    me = tmp_path / "me"
+    assert config.run_dir == me / "runs" / "tiny" and config.store_url == str(me / "store")
+    assert (config.model.path, config.prompts.source) == (str(me / "model"), str(me / "q.jsonl"))
+    assert config.evaluate.source == str(me / "e.jsonl")
+
+
 def test_a_job_in_a_copy_of_its_directory_reads_and_writes_at_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +96,8 @@ def test_a_job_in_a_copy_of_its_directory_reads_and_writes_at_home(
         ("tracking.experiment=a\\\\b", r"tracking\.experiment"),
         ("steps", "not of the form key.sub=value"),
         ("collect.responses=mine", "collect.responses"),
+        ("runs_dir=s3://bucket/runs", "runs_dir: .*only store may be a URL"),
+        ("runs_dir=~nobody-at-all/runs", "runs_dir: .*nobody's home directory is ~nobody-at-all"),
         ("collect.block_size=0", r"collect\.block_size"),
         ("train.learning_rate=.inf", r"train\.learning_rate.*finite"),
         ("train.betas=[.nan,0.9]", r"train\.betas\.0.*finite"),
