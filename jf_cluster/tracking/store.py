@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from jf_cluster.config import Config
+from jf_cluster.locks import lock
 from jf_cluster.messages import first_line
 from jf_cluster.whole_files import write_whole
 
@@ -121,5 +121,5 @@ def run_key(run_dir: Path) -> str:
 def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        lock(stream)
         yield
