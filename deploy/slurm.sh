@@ -21,6 +21,9 @@ configuration=${1:?name a configuration, for example configs/multi-node.yaml}
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1 RAY_AUTH_MODE=token
 ray get-auth-token --generate > /dev/null
 
+# Since Slurm 22.05 a step gets one core unless srun is told as well.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
 ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from jf_cluster.command import DEFAULT_CONFIG, ConfigPath, Overrides, clear_errors, load, start_logging
-from jf_cluster.config import ConfigError
+from jf_cluster.config import ConfigError, ModelConfig
 from jf_cluster.inference import commands as inference
 from jf_cluster.planning.command import plan
 
@@ -67,6 +67,16 @@ def config(
         return
     with clear_errors():
         typer.echo(load(config, overrides).to_yaml(), nl=False)
+
+
+@app.command("hash")
+def hashes(model: inference.Model) -> None:
+    """Print the content hashes of a model and its tokenizer, as `python -m trajectory_store import` takes them."""
+    with clear_errors():
+        from jf_cluster.models import model_hash, tokenizer_hash, tokenizer_of
+
+        base = ModelConfig(path=model).base
+        typer.echo(f"--model-hash {model_hash(base)} --tokenizer-hash {tokenizer_hash(tokenizer_of(base))}")
 
 
 @app.command()

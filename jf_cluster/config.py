@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 PACKAGE_ROOT = Path(__file__).parent
@@ -27,6 +27,18 @@ Task = Literal["held_out", "gsm8k", "math", "humaneval", "mbpp"]
 T = TypeVar("T")
 
 
+def _at_home(path: str) -> str:
+    """``path`` with a leading ``~`` or ``~name`` replaced, as the shell does only where it sees it."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise ValueError(f"nobody's home directory is {path.split('/')[0]}: write the whole path") from error
+
+
+Place = Annotated[str, AfterValidator(_at_home)]
+"""A local path, a URL, or a name on a hub."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what to do."""
 
@@ -39,11 +51,11 @@ def _of_round(values: tuple[T, ...], round_number: int) -> T:
 class Section(BaseModel):
     """A frozen part of the tree that rejects unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
-    path: str = "tiny"
+    path: Place = "tiny"
     """Base model: a Hugging Face id, a local directory, or ``tiny`` for the model shipped with the project."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the weights are computed in when collecting, training and evaluating."""
@@ -62,13 +74,13 @@ class PromptsConfig(Section):
     """Where prompts come from and how many are needed; [what a row is](tutorial.md#8-your-data-your-grader).
 
     One of 16 distinct texts is held out for evaluation, by a digest of the text. With ``fresh`` a run needs
-    (``rounds`` + 1) times ``per_round`` of the others, since the last model collects once more; without it
-    ``per_round``. So the source needs about 16/15 of that in distinct texts, and at least 16 times ``held_out``,
-    whichever is more, and a few percent to spare, because the digest decides. Too few are refused before anything
-    starts.
+    (``rounds`` + 1) times ``per_round`` of the others, since the last model collects too (``collect.after_last``);
+    without it ``per_round``. So the source needs about 16/15 of that in distinct texts, and at least 16 times
+    ``held_out``, whichever is more, and a few percent to spare, because the digest decides. Too few are refused before
+    anything starts.
     """
 
-    source: str = "tiny"
+    source: Place = "tiny"
     """``tiny`` (generated word problems), a local .json/.jsonl/.parquet file, or a Hugging Face data set id."""
     subset: str | None = None
     """Configuration name of a Hugging Face data set."""
@@ -112,7 +124,7 @@ class CollectConfig(Section):
     generator: Literal["builtin", "vllm"] = "builtin"
     """What the base writes responses with: this project's decoder, or vLLM (a GPU, greedy, the ``vllm`` extra)."""
     block_size: Annotated[tuple[Positive, ...], Field(min_length=1)] = (16,)
-    """Block size n of each round; the last one serves all later rounds."""
+    """Block size n of every round, or one for each round; the last one serves all later rounds."""
     forward_tokens: Positive = 2048
     """Most tokens in one forward pass while trajectories are iterated; a GPU wants tens of thousands."""
     after_last: bool = True
@@ -121,6 +133,12 @@ class CollectConfig(Section):
     """A shard is closed when it holds about this many bytes."""
     commit_every_s: Annotated[float, Field(ge=0)] = 30.0
     """Longest time finished trajectories wait in a worker before they are written to disk."""
+
+    # Kept as a tuple, so that 16 and [16] are the same settings when a run is resumed.
+    @field_validator("block_size", mode="before", json_schema_input_type=Positive | tuple[Positive, ...])
+    @classmethod
+    def _of_every_round(cls, value: object) -> object:
+        return (value,) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _written_by_vllm(self) -> CollectConfig:
@@ -277,7 +295,7 @@ class DecodingConfig(Section):
 class EvaluateConfig(Section):
     task: Task = "held_out"
     """``held_out``: prompts kept aside, judged by ``prompts.grader``; else a benchmark with a grader of its own."""
-    source: str | None = None
+    source: Place | None = None
     """The benchmark's rows, a local file or a Hugging Face data set id; default its home on the hub."""
     subset: str | None = None
     """Configuration name of that data set."""
@@ -339,7 +357,7 @@ class Config(Section):
     """Name of the run and of its folder under ``runs_dir``."""
     runs_dir: Path = Path("runs")
     """Where runs are kept; a relative path is taken from the directory the run was started in."""
-    store: str | None = None
+    store: Place | None = None
     """Trajectory store: a local path or an object-store URL; default ``<runs_dir>/<name>/store``. A key in it is used
     and not recorded."""
     rounds: Positive = 3
@@ -367,6 +385,15 @@ class Config(Section):
                 f"{value!r} must be 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
             )
         return value
+
+    @field_validator("runs_dir", mode="before")
+    @classmethod
+    def _local(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if "://" in value:
+            raise ValueError("only store may be a URL: models and checkpoints need a folder that every machine sees")
+        return _at_home(value)
 
     @property
     def run_dir(self) -> Path:
@@ -444,7 +471,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Read a YAML file, put ``key.sub=value`` overrides on top and validate.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, or a value that does not fit; the message names which.
+        ConfigError: no such file, not YAML of keys and values, an unknown key, or a value that does not fit; the
+            message names which.
     """
     path = Path(path)
     if not path.is_file():
@@ -453,15 +481,25 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if "=" not in item:
             raise ConfigError(f"override {item!r} is not of the form key.sub=value")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        settings = OmegaConf.load(path)
+        if isinstance(settings, ListConfig):
+            raise ConfigError(
+                f"{path} holds a list; a configuration is keys with their values, as in configs/tiny.yaml"
+            )
+        tree = OmegaConf.merge(settings, OmegaConf.from_dotlist(list(overrides)))
         return Config.model_validate(OmegaConf.to_container(tree, resolve=True))
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {_reason(e)}" for e in error.errors()]
         raise ConfigError(
             "\n".join([f"{path} with {len(overrides)} override(s) is not a valid configuration:", *lines])
         ) from None
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+    except TypeError:  # OmegaConf's word for it: it does not merge lists with keys
+        raise ConfigError(
+            f"{path} with {', '.join(overrides)}: one gives a list where the other has keys; override a list "
+            "as a whole (key.sub=[1,2])"
+        ) from None
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML in UTF-8: {error}") from None
 
 
 def _reason(error: object) -> str:

@@ -6,7 +6,6 @@ appears in one atomic step. So there is no state to go wrong: the same call does
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from jf_cluster.config import Config, ConfigError
 from jf_cluster.dashboard import show
 from jf_cluster.evaluate import load_evaluation
 from jf_cluster.evaluate.evaluating import evaluate_round
+from jf_cluster.locks import lock
 from jf_cluster.models import is_hub_id, resolve
 from jf_cluster.pipeline import collect_and_train
 from jf_cluster.preflight import check, check_cluster
@@ -220,9 +220,9 @@ def distill(config: Config) -> None:
 def _claimed(config: Config) -> Iterator[None]:
     """Hold the run's lock and record its configuration."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    with (config.run_dir / "lock").open("w") as lock:
+    with (config.run_dir / "lock").open("w") as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(held, wait=False)
         except BlockingIOError as error:
             raise RunBusyError(
                 f"another process works on the run in {config.run_dir}: wait for it, or give this one another name"

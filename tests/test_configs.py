@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jf_cluster.command import load
-from jf_cluster.config import ConfigError, load_config
+from jf_cluster.config import Config, ConfigError, load_config
 from jf_cluster.ray_environment import HOME_VARIABLE
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -44,6 +44,19 @@ def test_relative_paths_mean_the_same_everywhere(tmp_path: Path, monkeypatch: py
     assert config.run_dir == tmp_path / "runs" / "tiny" and config.store_url == str(tmp_path / "there")
     assert config.prompts.source == str(tmp_path / "here" / "q.jsonl") and config.model.path == "tiny"
     assert load_config(path, ["store=s3://bucket/run"]).anchored(tmp_path).store_url == "s3://bucket/run"
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell replaces it at the start of a word only, and YAML never."""
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    path = CONFIGS[-1].parent / "tiny.yaml"
+    places = ["runs_dir=~/runs", "store=~/store", "model.path=~/model", "prompts.source=~/q.jsonl"]
+    config = load(path, [*places, "evaluate.source=~/e.jsonl"])
+    me = tmp_path / "me"
+    assert config.run_dir == me / "runs" / "tiny" and config.store_url == str(me / "store")
+    assert (config.model.path, config.prompts.source) == (str(me / "model"), str(me / "q.jsonl"))
+    assert config.evaluate.source == str(me / "e.jsonl")
 
 
 def test_a_job_in_a_copy_of_its_directory_reads_and_writes_at_home(
@@ -83,8 +96,37 @@ def test_a_job_in_a_copy_of_its_directory_reads_and_writes_at_home(
         ("tracking.experiment=a\\\\b", r"tracking\.experiment"),
         ("steps", "not of the form key.sub=value"),
         ("collect.responses=mine", "collect.responses"),
+        ("runs_dir=s3://bucket/runs", "runs_dir: .*only store may be a URL"),
+        ("runs_dir=~nobody-at-all/runs", "runs_dir: .*nobody's home directory is ~nobody-at-all"),
+        ("collect.block_size=0", r"collect\.block_size"),
+        ("train.learning_rate=.inf", r"train\.learning_rate.*finite"),
+        ("train.betas=[.nan,0.9]", r"train\.betas\.0.*finite"),
+        ("collect.block_size.0=8", r"block_size\.0=8: .*override a list"),
     ],
 )
 def test_wrong_settings_are_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(CONFIGS[-1].parent / "tiny.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- name: x\n", "mine.yaml holds a list; a configuration is keys with their values"),
+        (b"name: caf\xe9\n", "mine.yaml cannot be read as YAML in UTF-8"),
+        (b"5\n", "mine.yaml cannot be read"),
+        (b"name: [x\n", "mine.yaml cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_one_block_size_is_that_of_every_round(tmp_path: Path) -> None:
+    one, listed = (load_config(CONFIGS[-1].parent / "tiny.yaml", [f"collect.block_size={v}"]) for v in ("8", "[8]"))
+    assert one == listed and one.collect.block_size_of(3) == 8
+    assert one.to_yaml() == listed.to_yaml(), "a run begun with one goes on with the other"
+    assert Config.model_validate_json(one.model_dump_json()) == one

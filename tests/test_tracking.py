@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import sqlite3
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -215,3 +216,43 @@ def test_what_a_process_had_to_keep_is_sent_by_the_next(tmp_path: Path, monkeypa
     assert run.info.status == "FINISHED" and run.data.tags["store_hash"] == "abc"
     assert "system/cpu_utilization_percentage" in run.data.metrics and run.data.metrics["rows"] == 7.0
     assert not list(tmp_path.rglob("tracking/*.jsonl"))
+
+
+def with_an_s3_artifact_root(directory: Path) -> Config:
+    uri = f"sqlite:///{directory / 'mlflow.db'}"
+    MlflowClient(uri).create_experiment("jacobi-forcing/run", artifact_location="s3://bucket/artifacts")
+    return config_of(directory, uri)
+
+
+@pytest.mark.parametrize("missing", ["library", "credentials"])
+def test_an_artifact_store_that_cannot_be_used_costs_one_warning(
+    missing: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if missing == "library":
+        monkeypatch.setitem(sys.modules, "boto3", None)
+    else:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+            monkeypatch.setenv(name, str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    tracker = Tracker.open(with_an_s3_artifact_root(tmp_path))
+    (tmp_path / "first.json").write_text("{}")
+    (tmp_path / "second.json").write_text("{}")
+    with caplog.at_level(logging.WARNING), tracker.stage(1, "train") as stage:
+        stage.artifact(tmp_path / "first.json")
+        stage.artifact(tmp_path / "second.json")
+        stage.metrics({"loss": 1.0}, step=1)
+    assert len(caplog.records) == 1 and "first.json is not copied to MLflow" in caplog.text
+    run = run_of(tracker, stage.run_id)
+    assert run.info.status == "FINISHED" and run.data.metrics["loss"] == 1.0
+    assert not stage.journal.exists()
+
+
+def test_a_file_that_is_gone_holds_nothing_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker.open(config_of(tmp_path))
+    with caplog.at_level(logging.WARNING), tracker.stage(1, "train") as stage:
+        stage.artifact(tmp_path / "gone.json")
+        stage.metrics({"loss": 1.0}, step=1)
+    assert len(caplog.records) == 1 and "gone.json is not copied to MLflow" in caplog.text
+    assert run_of(tracker, stage.run_id).data.metrics["loss"] == 1.0 and not stage.journal.exists()

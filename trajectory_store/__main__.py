@@ -78,8 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument(
         "--end-id", action="append", type=int, default=[], help="token that ends a response (repeatable)"
     )
-    bring.add_argument("--model-hash", default="imported", help="content hash of the model that made the trajectories")
-    bring.add_argument("--tokenizer-hash", default="imported")
+    bring.add_argument(
+        "--model-hash",
+        default="imported",
+        help="of the model that made the trajectories, which training compares with the model it starts from; "
+        "`python -m jf_cluster hash MODEL` prints it (default: %(default)s)",
+    )
+    bring.add_argument("--tokenizer-hash", default="imported", help="printed with it (default: %(default)s)")
     return parser
 
 

@@ -16,7 +16,16 @@ from jf_cluster.config import Config
 from jf_cluster.evaluate.evaluation import MODES, Evaluation, evaluations_until
 from jf_cluster.messages import first_line
 from jf_cluster.model_card import CARD
-from jf_cluster.tracking.store import KEY, ROUND, SUPERSEDED_BY, client, experiment_name, is_server, refusals
+from jf_cluster.tracking.store import (
+    KEY,
+    ROUND,
+    SUPERSEDED_BY,
+    client,
+    copy_beside,
+    experiment_name,
+    is_server,
+    refusals,
+)
 from jf_cluster.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -138,7 +147,7 @@ def _new_version(
     directory = Path(config.model_dir(round_number))
     run_id = tracker.stage_run(round_number, "train")
     if is_server(tracker.uri) and run_id is not None:
-        mlflow.log_artifacts(run_id, str(directory), "model")
+        copy_beside(tracker.uri, run_id, directory, "model")
         source = f"{mlflow.get_run(run_id).info.artifact_uri}/model"
     else:
         source = directory.absolute().as_uri()

@@ -3,7 +3,8 @@
 Everything goes through `MlflowClient` on an explicit run id: the fluent API keeps a process-wide active run, and a
 worker's ``start_run`` would mark the shared run finished when it leaves. A store that cannot be reached never stops a
 run: what could not be sent is kept in a journal (JSON lines) under the run directory, one warning says so, and it is
-sent when the store answers again, by this process or by the next one that works on the run.
+sent when the store answers again, by this process or by the next one that works on the run. A file that cannot be
+copied while the store answers is left where it is, with a warning: what comes after it does not wait.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from jf_cluster.messages import first_line
 from jf_cluster.tracking.activity import Activity
-from jf_cluster.tracking.store import client, refusals
+from jf_cluster.tracking.store import NotCopiedError, client, copy_beside, refusals
 from trajectory_store import without_secrets
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class StageRun:
     _sent_at: float = float("-inf")
     _not_before: float = 0.0
     _warned: bool = False
+    _told: set[str] = field(default_factory=set)
+    """Why files were not copied, each reason told once: the overview is copied again after every stage."""
 
     @classmethod
     def attach(cls, uri: str, run_id: str | None, journal: str | Path, *, quiet: bool = False) -> StageRun:
@@ -126,7 +129,12 @@ class StageRun:
         try:
             while self._unsent:
                 batch = self._batch()
-                _send(self.uri, self.run_id, batch)
+                try:
+                    _send(self.uri, self.run_id, batch)
+                except NotCopiedError as error:
+                    if error.reason not in self._told:
+                        self._told.add(error.reason)
+                        logger.warning("%s; the run goes on", error)
                 del self._unsent[: len(batch)]
                 self._kept = max(0, self._kept - len(batch))
         except refusals() as error:
@@ -206,7 +214,7 @@ def _send(uri: str, run_id: str, batch: list[Entry]) -> None:
             run_id, metrics=[Metric(k, v, e.timestamp_ms, e.step) for e in batch for k, v in e.values.items()]
         )
     elif entry.kind == "artifact":
-        mlflow.log_artifact(run_id, entry.values["path"])
+        copy_beside(uri, run_id, Path(entry.values["path"]))
     elif entry.kind == "end":
         mlflow.set_terminated(run_id, entry.values["status"], entry.timestamp_ms)
     elif entry.kind == "tags":

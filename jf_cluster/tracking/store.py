@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from jf_cluster.config import Config
+from jf_cluster.locks import lock
+from jf_cluster.messages import first_line
 from jf_cluster.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -56,6 +57,33 @@ def refusals() -> tuple[type[Exception], ...]:
     return MlflowException, SQLAlchemyError, OSError
 
 
+class NotCopiedError(OSError):
+    """A file has no copy beside its MLflow run, though MLflow answers; one of :func:`refusals`."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is not copied to MLflow ({reason})")
+        self.reason = reason
+
+
+def copy_beside(uri: str, run_id: str, path: Path, folder: str | None = None) -> None:
+    """Copy a file, or the files of a directory, to where MLflow keeps a run's files; ``folder`` is one in there.
+
+    Raises:
+        NotCopiedError: it is not there, or that place cannot be used.
+        refusals(): MLflow cannot be reached.
+    """
+    mlflow = client(uri)
+    mlflow.get_run(run_id)
+    try:
+        if path.is_dir():
+            mlflow.log_artifacts(run_id, str(path), folder)
+        else:
+            mlflow.log_artifact(run_id, str(path), folder)
+    # This process writes there itself, to S3 say: a missing library and missing credentials are errors of any kind.
+    except Exception as error:
+        raise NotCopiedError(path, first_line(error)) from error
+
+
 def experiment_id(uri: str, name: str, runs_dir: Path) -> str:
     """Id of the experiment, created when missing; safe when several processes do so at once."""
     from mlflow.exceptions import MlflowException
@@ -93,5 +121,5 @@ def run_key(run_dir: Path) -> str:
 def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        lock(stream)
         yield

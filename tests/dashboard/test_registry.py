@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import mlflow.artifacts
@@ -105,6 +106,24 @@ def test_a_round_made_again_replaces_what_was_registered_and_shown(tmp_path: Pat
     show(config, tracker)
     again = client.get_model_version_by_alias(name, "round-2")
     assert again.version == second.version and again.tags["passed"] == "False", "the same model, judged otherwise"
+
+
+def test_a_bucket_without_its_library_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Models are copied to a server's bucket by this process."""
+    config = Config.model_validate({"name": "run", "runs_dir": tmp_path})
+    tracking = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    MlflowClient(tracking).create_experiment("jacobi-forcing/run", artifact_location="s3://bucket/artifacts")
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.setattr("jf_cluster.dashboard.registry.is_server", lambda uri: True)
+    tracker = Tracker.open(config)
+    with tracker.stage(1, "train"):
+        export(config, 1)
+    save_evaluation(config, BASE)
+    save_evaluation(config, evaluation(1, 2.0, 0.9))
+    register(config, tracker, 1)
+    assert "models are not registered" in caplog.text and "boto3" in caplog.text
 
 
 def test_a_registry_that_does_not_answer_stops_nothing(

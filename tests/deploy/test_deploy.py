@@ -54,6 +54,9 @@ def test_the_ray_job_is_what_kuberay_and_kubernetes_take() -> None:
         kubernetes_validate.validate(pod, "1.33", strict=True)
     assert cluster["rayVersion"] == ray.__version__, "the submitter and the cluster must speak the same Ray"
     assert f"rayproject/ray:{ray.__version__}" in (DEPLOY / "Dockerfile").read_text()
+    # Applying the file of a job that has ended changes nothing.
+    again = "kubectl replace --force -f deploy/kuberay-rayjob.yaml"
+    assert again in (DEPLOY / "kuberay-rayjob.yaml").read_text() and again in (ROOT / "docs" / "deploy.md").read_text()
     _check_gpus(job["spec"]["entrypoint"], sum(_gpus(group) for group in groups[1:]))
 
 
@@ -71,6 +74,12 @@ def _check_gpus(command: str, gpus: int) -> None:
     assert config.collect.workers * config.collect.gpus_per_worker == gpus
 
 
+def test_the_image_takes_nothing_that_git_ignores() -> None:
+    """An environment, a history or runs would make it gigabytes larger and publish them."""
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    assert (ROOT / ".dockerignore").read_text().split() == [".git", *(f"**/{name}" for name in ignored)]
+
+
 def test_the_cluster_launchers_file_fits_rays_schema() -> None:
     text = (DEPLOY / "ray-cluster.yaml").read_text()
     cluster = yaml.safe_load(text)
@@ -80,11 +89,16 @@ def test_the_cluster_launchers_file_fits_rays_schema() -> None:
         jsonschema.validate(cluster | {"head_node_typ": "head"}, schema)
     types = cluster["available_node_types"]
     assert cluster["head_node_type"] in types
+    # Ray's name for "the latest" image stands for Ubuntu 18.04, which has no Python that make accepts.
+    assert all(t["node_config"]["ImageId"] == "ami-00000000000000000" for t in types.values())
+    assert any("make .venv/ready PYTHON=python3.11" in command for command in cluster["setup_commands"])
     _check_gpus(text, sum(t["resources"].get("GPU", 0) * t.get("min_workers", 0) for t in types.values()))
 
 
 SRUN = """#!/usr/bin/env bash
-# Runs a step here: its options are Slurm's, its node has a scratch directory of its own.
+# Runs a step here: its options are Slurm's, its node has a scratch directory of its own. Since 22.05 the cores of a
+# job's task are not those of a step.
+[[ ${SRUN_CPUS_PER_TASK:-} == "$SLURM_CPUS_PER_TASK" ]] || { echo "a step of one core" >&2; exit 1; }
 node=other
 while [[ $1 == --* ]]; do [[ $1 == --nodelist=* ]] && node=${1#*=}; shift; done
 if [[ $1 == hostname ]]; then echo 127.0.0.1; exit; fi

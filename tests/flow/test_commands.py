@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from jf_cluster import cluster
+from jf_cluster.models import load_tokenizer, model_hash, tokenizer_hash
 from tests.clone import fresh_shell, make_clone
 from tests.flow.conftest import ROOT, run, small_config
+from trajectory_store import TrajectoryStore
 
 JOBS = ("collect", "train", "evaluate", "distill")
 
@@ -36,6 +38,20 @@ def test_python_m_jf_cluster_explains_itself() -> None:
     shown = run(sys.executable, "-m", "jf_cluster", "--help").stdout
     assert all(name in shown for name in ("cluster", "config", "report", "mlflow"))
     assert "learning_rate:" in run(sys.executable, "-m", "jf_cluster", "config").stdout
+
+
+def test_an_imported_round_is_of_the_model_whose_hash_is_printed(tmp_path: Path, base_model: Path) -> None:
+    hashes = run(sys.executable, "-m", "jf_cluster", "hash", str(base_model)).stdout.split()
+    source, path = tmp_path / "mine.jsonl", tmp_path / "store" / "round-001"
+    row = {"prompt_id": "a", "prompt": [1], "response": [3, 4], "finished": True}
+    source.write_text(json.dumps(row | {"iterations": [1], "accepted": [1], "tails": [9]}))
+    store = (sys.executable, "-m", "trajectory_store")
+    done = run(*store, "import", str(source), str(path), "--block-size", "8", *hashes)
+    assert done.returncode == 0, done.stderr
+    made_by = TrajectoryStore(tmp_path / "store").round(1).manifest.provenance
+    config = small_config(tmp_path, base_model)
+    assert made_by.model_hash == model_hash(config.model_dir(0))
+    assert made_by.tokenizer_hash == tokenizer_hash(load_tokenizer(config))
 
 
 def _wrong(tmp_path: Path) -> dict[str, tuple[list[str], str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from jf_cluster import locks
 from jf_cluster.collect.prompts import PromptsError
 from jf_cluster.config import Config, ConfigError
 from jf_cluster.evaluate.evaluation import Evaluation, ModeResult, save_evaluation
@@ -65,6 +68,21 @@ def test_two_processes_do_not_work_on_one_run(config: Config) -> None:
     with opened(config), pytest.raises(RunBusyError, match="another process"):
         begun(config)
     begun(config)
+
+
+@pytest.mark.parametrize("missing", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_costs_one_warning(
+    missing: int, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(missing, os.strerror(missing))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(locks, "_told", set())
+    with opened(config) as rounds:
+        assert rounds.tracker.run_id is not None, "nor has the MLflow store any"
+    told = [record.getMessage() for record in caplog.records if "cannot be locked" in record.getMessage()]
+    assert len(told) == 1 and told[0].startswith(str(config.run_dir / "lock"))
 
 
 def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
