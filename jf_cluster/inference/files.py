@@ -105,11 +105,11 @@ def respond(
             decode=loaded.decode,
         )
         for index, generation in zip(chosen, made, strict=True):
-            yield index, tasks[index].fields | _result(loaded, settings, generation)
+            yield index, tasks[index].fields | _result(loaded, settings, tasks[index].ids, generation)
 
 
-def _result(loaded: Loaded, settings: Settings, made: Generation) -> dict[str, Any]:
-    text = TextStream(loaded.decode, settings.stop)
+def _result(loaded: Loaded, settings: Settings, prompt: list[int], made: Generation) -> dict[str, Any]:
+    text = TextStream(loaded.decode, settings.stop, prompt)
     return {
         "response": text.feed(made.tokens) + text.finish(),
         "finish_reason": made.reason,
