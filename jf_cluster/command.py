@@ -128,14 +128,22 @@ def load(path: Path, overrides: list[str] | None) -> Config:
 
 
 def run(
-    path: Path, overrides: list[str] | None, stage: Callable[[Rounds], None], round_number: int | None = None
+    path: Path,
+    overrides: list[str] | None,
+    stage: Callable[[Rounds], None],
+    round_number: int | None = None,
+    *,
+    any_task: bool = False,
 ) -> None:
-    """Carry out a stage of the run that a configuration describes; ``round_number`` is the round it was asked for."""
+    """Carry out a stage of the run that a configuration describes; ``round_number`` is the round it was asked for.
+
+    ``any_task`` is for a stage that only evaluates: its task need not be the run's own.
+    """
     start_logging()
     with clear_errors():
         config = load(path, overrides)
         from jf_cluster.rounds import opened
 
         typed = Typed(None if path == DEFAULT_CONFIG else path, tuple(overrides or ()), round_number)
-        with opened(config, typed) as rounds:
+        with opened(config, typed, any_task=any_task) as rounds:
             stage(rounds)

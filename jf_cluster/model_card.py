@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,19 +34,24 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.fro
 inputs = tokenizer("…", return_tensors="pt")
 statistics = []
 out = model.generate(
-    **inputs, max_new_tokens=256, custom_generate=path, trust_remote_code=True, statistics=statistics
+    **inputs, max_new_tokens=256, custom_generate=path, trust_remote_code=True, statistics=statistics{unpenalised}
 )
 print(tokenizer.decode(out[0]), statistics[0].tpf, "tokens per forward")
 ```
 
 `custom_generate/` needs torch and transformers only. `drafting=` is `"ar"`, `"jacobi"`, `"multiblock"` or `"auto"`
 (what a calibration stored in `decoding.json`); `block_size`, `blocks`, `spawn_ratio`, `pool`, `seed`, `stop_strings`
-with `tokenizer=`, and `streamer=` work too.
+with `tokenizer=`, and `streamer=` work too.{why_unpenalised}
 
 ## Measured
 
 {measured}
 """
+
+_WHY_UNPENALISED = """
+
+`repetition_penalty=1.0` sets aside the {penalty} that `generation_config.json` has, as the base's, for plain
+generation: the decoder serves no penalties."""
 
 _TABLE = """On {prompts} held-out prompts, in `{dtype}`; speed on {speed_prompts} of them, one request at a time,
 prefill not counted, all modes on the same engine in turn. AR is the faster of this engine's and
@@ -70,16 +76,25 @@ def write_card(
     """
     local = Path(base).is_dir()
     name = Path(base).name if local else base
+    penalty = _repetition_penalty(directory)
     text = _TEXT.format(
         base_model="" if local else f"base_model: {base}\n",
         name=directory.name.removesuffix(".partial"),
         round="" if round_number is None else f", round {round_number}",
         base=name,
+        unpenalised="" if penalty == 1 else ",\n    repetition_penalty=1.0,",
+        why_unpenalised="" if penalty == 1 else _WHY_UNPENALISED.format(penalty=penalty),
         measured=_measured(evaluations, dtype) if evaluations else "Not evaluated yet.",
     )
     card = directory / CARD
     write_whole(card, text)  # the card of a published model is replaced after its evaluation
     return card
+
+
+def _repetition_penalty(directory: Path) -> float:
+    """What plain generation with the model in ``directory`` uses; 1 is none."""
+    settings = directory / "generation_config.json"
+    return (settings.is_file() and json.loads(settings.read_text()).get("repetition_penalty")) or 1.0
 
 
 def _measured(evaluations: Mapping[str, Evaluation], dtype: str) -> str:

@@ -165,13 +165,13 @@ def print_table(rows: list[Row]) -> None:
     Console(width=max(Console().width, TABLE_WIDTH)).print(table(rows))
 
 
-def print_evaluation(config: Config, round_number: int) -> None:
-    """Show how a model decodes in every mode, and how it differs from every earlier one."""
-    if (now := load_evaluation(config, round_number)) is None:
+def print_evaluation(config: Config, round_number: int, *, beside: bool = False) -> None:
+    """Show how a model decodes in every mode, and how it differs from every earlier one; see ``load_evaluation``."""
+    if (now := load_evaluation(config, round_number, beside=beside)) is None:
         return
     console = Console(width=max(Console().width, TABLE_WIDTH))
     console.print(modes_table(now))
-    if earlier := evaluations_until(config, round_number - 1):
+    if earlier := evaluations_until(config, round_number - 1, beside=beside):
         # Not those of the file: an earlier version's has none.
         console.print(comparison_table([compare(now, before) for before in earlier]))
 

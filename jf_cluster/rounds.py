@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from jf_cluster.cluster import connected, joined_cluster
 from jf_cluster.collect import collect_round
 from jf_cluster.collect.crew import Crew
-from jf_cluster.config import Config, ConfigError
+from jf_cluster.config import Config, ConfigError, load_config
 from jf_cluster.dashboard import show
 from jf_cluster.evaluate import load_evaluation
 from jf_cluster.evaluate.evaluating import evaluate_round
@@ -55,10 +55,17 @@ class RunBusyError(RuntimeError):
 
 
 class Rounds:
-    """The stages of one run, each done when its output exists and made with what it needs."""
+    """The stages of one run, each done when its output exists and made with what it needs.
 
-    def __init__(self, config: Config, tracker: Tracker, ray: ExitStack, typed: Typed) -> None:
-        self.config = config
+    Args:
+        config: the run's.
+        asked: with the settings of evaluating that were asked for; on another task than the run's own, evaluations lie
+            beside the run's.
+    """
+
+    def __init__(self, config: Config, asked: Config, tracker: Tracker, ray: ExitStack, typed: Typed) -> None:
+        self.config, self.asked = config, asked
+        self.beside = asked.evaluate.task != config.evaluate.task
         self.typed = typed
         self.tracker = tracker
         self.store = TrajectoryStore(config.store_url)
@@ -74,8 +81,8 @@ class Rounds:
         return round_number == 0 or Path(self.config.model_dir(round_number)).is_dir()
 
     def evaluated(self, round_number: int) -> bool:
-        """Whether model ``round_number`` has been evaluated."""
-        return load_evaluation(self.config, round_number) is not None
+        """Whether model ``round_number`` has been evaluated on the task that was asked for."""
+        return load_evaluation(self.asked, round_number, beside=self.beside) is not None
 
     def collect(self, round_number: int | None = None) -> None:
         """Collect a round; by default the first that is not collected and whose model exists."""
@@ -113,15 +120,15 @@ class Rounds:
             round_number = next(r for r in _count(0) if not self.trained(r) or not self.evaluated(r))
             if not self.trained(round_number):
                 print_table(show(self.config, self.tracker))
-                self._say(f"models 0 to {round_number - 1} are evaluated already", "collect", round_number)
+                self._say_evaluated(f"models 0 to {round_number - 1} are evaluated already", round_number)
                 return
         self._make_models(round_number)
         self._evaluate(0)
         self._evaluate(round_number)
-        print_evaluation(self.config, round_number)
+        print_evaluation(self.asked, round_number, beside=self.beside)
         print_table(show(self.config, self.tracker))
         place = self.config.run_dir / "evaluation"
-        self._say(f"the evaluation of model {round_number} is in {place}", "collect", round_number + 1)
+        self._say_evaluated(f"the evaluation of model {round_number} is in {place}", round_number + 1)
 
     def distill(self) -> None:
         """Do all rounds, then collect with the last model too, unless ``collect.after_last`` says not to."""
@@ -161,7 +168,7 @@ class Rounds:
 
     def _evaluate(self, round_number: int) -> None:
         if not self.evaluated(round_number):
-            evaluate_round(self.config, round_number, self.tracker, self._joined())
+            evaluate_round(self.asked, round_number, self.tracker, self._joined(), beside=self.beside)
             show(self.config, self.tracker)
 
     def _joined(self) -> Crew:
@@ -173,6 +180,10 @@ class Rounds:
             self._crew = Crew(self.config)
             self._ray.callback(self._crew.dismiss)
         return self._crew
+
+    def _say_evaluated(self, what: str, following: int) -> None:
+        """The next round is not named behind another task's settings, which it would refuse."""
+        self._say(what, None if self.beside else "collect", following)
 
     def _say(self, what: str, following: JobName | None = None, round_number: int = 0) -> None:
         """Say what is done, and what to type for the job that follows."""
@@ -187,11 +198,12 @@ def _count(start: int) -> range:
 
 
 @contextmanager
-def opened(config: Config, typed: Typed | None = None) -> Iterator[Rounds]:
+def opened(config: Config, typed: Typed | None = None, *, any_task: bool = False) -> Iterator[Rounds]:
     """Claim a run, check what it needs, open its tracking, and give its rounds; Ray is joined when there is work.
 
     Args:
         typed: the command line this comes from.
+        any_task: models may be evaluated on another task than the run was begun with.
 
     Raises:
         ConfigError: the run was begun with settings that would give other results.
@@ -204,10 +216,15 @@ def opened(config: Config, typed: Typed | None = None) -> Iterator[Rounds]:
         resolve(config.model.base)
     check(config, typed.round)  # reads config.json only: what cannot work is told before a model is fetched
     resolve(config.model.base)
-    with _claimed(config), kept_log(config.run_dir), Tracker.open(config) as tracker, ExitStack() as ray:
+    with (
+        _claimed(config, any_task) as own,
+        kept_log(own.run_dir),
+        Tracker.open(own) as tracker,
+        ExitStack() as ray,
+    ):
         tracker.close_abandoned()
-        drop_leftovers(config)
-        yield Rounds(config, tracker, ray, typed)
+        drop_leftovers(own)
+        yield Rounds(own, config, tracker, ray, typed)
 
 
 def distill(config: Config) -> None:
@@ -217,8 +234,8 @@ def distill(config: Config) -> None:
 
 
 @contextmanager
-def _claimed(config: Config) -> Iterator[None]:
-    """Hold the run's lock and record its configuration."""
+def _claimed(config: Config, any_task: bool) -> Iterator[Config]:
+    """Hold the run's lock and record its configuration; gives it, as ``_record`` does."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with (config.run_dir / "lock").open("w") as held:
         try:
@@ -227,30 +244,29 @@ def _claimed(config: Config) -> Iterator[None]:
             raise RunBusyError(
                 f"another process works on the run in {config.run_dir}: wait for it, or give this one another name"
             ) from error
-        _record(config)
-        yield
+        yield _record(config, any_task)
 
 
-def _record(config: Config) -> None:
+def _record(config: Config, any_task: bool = False) -> Config:
     """Write config.yaml, or make sure that this configuration continues the one it holds; neither with secrets.
+
+    Returns:
+        The run's configuration: with ``any_task``, where evaluating is asked for on another task, the run's own
+        settings of it instead.
 
     Raises:
         ConfigError: names the settings that differ.
     """
     path = config.run_dir / "config.yaml"
-    rounds = config.rounds
+    rounds, own = config.rounds, config
     if path.is_file():
+        if any_task and (evaluate := load_config(path).evaluate).task != config.evaluate.task:
+            own = config.model_copy(update={"evaluate": evaluate})
         # An older version recorded secrets too.
         begun = OmegaConf.to_container(OmegaConf.create(without_secrets(path.read_text())))
         # A setting that came with a newer version had its default's effect before.
         before = _leaves(Config().shown()) | _leaves(begun)
-        now = _leaves(config.shown())
-        differing = [
-            f"  {key}: {before.get(key)!r} before, {now.get(key)!r} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not _is_operational(key)
-        ]
-        if differing:
+        if differing := _differing(before, _leaves(own.shown())):
             raise ConfigError(
                 "\n".join(
                     [
@@ -260,8 +276,44 @@ def _record(config: Config) -> None:
                     ]
                 )
             )
+        if own is not config:
+            _record_beside(config)
         rounds = max(rounds, int(begun.get("rounds", 0)))
-    write_whole(path, config.model_copy(update={"rounds": rounds}).to_yaml())
+    write_whole(path, own.model_copy(update={"rounds": rounds}).to_yaml())
+    return own
+
+
+def _record_beside(config: Config) -> None:
+    """Keep the settings of evaluating on a task beside the run's own, or make sure that they are those of before.
+
+    Raises:
+        ConfigError: names the settings that differ.
+    """
+    task = config.evaluate.task
+    path = config.run_dir / "evaluation" / f"{task}.yaml"
+    now = {"evaluate": config.shown()["evaluate"]}
+    if path.is_file() and any(path.parent.glob(f"round-*-{task}.json")):
+        before = _leaves({"evaluate": load_config(path).shown()["evaluate"]})
+        if differing := _differing(before, _leaves(now)):
+            raise ConfigError(
+                "\n".join(
+                    [
+                        f"models were evaluated on {task} with other settings:",
+                        *differing,
+                        f"Set them back, or delete {path.with_name(f'*{task}*')} to evaluate all of them again.",
+                    ]
+                )
+            )
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(now)))
+
+
+def _differing(before: dict[str, object], now: dict[str, object]) -> list[str]:
+    """A line for each setting, by dotted name, that differs and changes results."""
+    return [
+        f"  {key}: {before.get(key)!r} before, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not _is_operational(key)
+    ]
 
 
 def _is_operational(key: str) -> bool:

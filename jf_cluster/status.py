@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jf_cluster.config import Config, load_config
+from jf_cluster.evaluate.evaluation import made_hash
 from jf_cluster.progress import span
 from jf_cluster.run_log import last_troubles
 from jf_cluster.tracking.activity import Now, read_activity
@@ -35,8 +36,9 @@ class _Mode(BaseModel):
 
 
 class _Evaluation(BaseModel):
-    """What is shown of an evaluation; the whole of it is in jf_cluster.evaluate, which imports torch and Ray."""
+    """What is shown of an evaluation; of an earlier version's file the rest need not be readable."""
 
+    model_hash: str
     ar: _Mode
     jacobi: _Mode
     multiblock: _Mode
@@ -94,7 +96,7 @@ class StatusReader:
         )
 
     def _round(self, config: Config, number: int) -> RoundStatus:
-        evaluation, evaluated = self._evaluation(number)
+        evaluation, evaluated = self._evaluation(config, number)
         if number == 0:
             return RoundStatus(0, "", "base", evaluation, evaluated)
         trajectories, collected = self._trajectories(config, number)
@@ -123,11 +125,13 @@ class StatusReader:
         last = whole.rpartition("\n")[2]
         return (f"step {json.loads(last)['step']} of {config.train.steps}" if newline else ""), False
 
-    def _evaluation(self, number: int) -> tuple[str, bool]:
+    def _evaluation(self, config: Config, number: int) -> tuple[str, bool]:
         path = self._run_dir / "evaluation" / f"round-{number:03d}.json"
         if not path.is_file():
             return "", False
         found = _Evaluation.model_validate_json(path.read_text())
+        if made_hash(config, number) not in (None, found.model_hash):
+            return "", False
         accuracy = "" if found.ar.accuracy is None else f" · accuracy {100 * found.ar.accuracy:.1f}%"
         failed = "" if found.passed else " · failed"
         return f"TPF {max(found.jacobi.tpf, found.multiblock.tpf):.2f}{accuracy}{failed}", True

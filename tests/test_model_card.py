@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
+import pytest
+
+from jf_cluster.config import TINY_BASE
 from jf_cluster.evaluate.evaluation import Evaluation, ModeResult
 from jf_cluster.model_card import write_card
+from jf_cluster.package_decoder import write_decoder
 
 
 def evaluation(round_number: int, tpf: float) -> Evaluation:
@@ -35,3 +41,20 @@ def test_the_card_has_the_measured_table(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
     hub = write_card(target, base="someone/model", dtype="bfloat16").read_text()
     assert hub.startswith("---\nlibrary_name: transformers") and "base_model: someone/model\n---" in hub
+
+
+@pytest.mark.parametrize("penalty", [None, 1.0, 1.05])
+def test_the_cards_program_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], penalty: float | None
+) -> None:
+    target = tmp_path / "round-001"
+    shutil.copytree(TINY_BASE, target)
+    settings = json.loads((target / "generation_config.json").read_text())
+    (target / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": penalty}))
+    write_decoder(target)
+    text = write_card(target, base=TINY_BASE, dtype="float32").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    exec(text.partition("```python\n")[2].partition("```")[0], {})
+    assert "tokens per forward" in capsys.readouterr().out
+    assert ("repetition_penalty" in text) == ("sets aside the 1.05" in text) == (penalty == 1.05)

@@ -91,7 +91,7 @@ def test_a_run_records_none(
         assert parent.data.params["tracking.uri"] == "http://127.0.0.1:9"
         assert parent.data.params["store"].startswith("s3://secrets/store")
     assert StatusReader(config).read().rounds[1].trajectories.startswith("2 ")
-    driver._write_lineage(config, 1, "parent", "trajectories", tmp_path / "run")
+    driver._write_lineage(config, 1, "made", "parent", "trajectories", tmp_path / "run")
     assert holders(tmp_path) == []
     folder = TrajectoryStore(store).round(1).folder
     assert [name for name in folder.entries() if SECRET.encode() in bytes(folder.read(name))] == []

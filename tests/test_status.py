@@ -85,6 +85,20 @@ def test_a_round_is_followed_through_its_stages(config: Config) -> None:
     assert "last stage: collecting round 1, finished " in text
 
 
+def test_an_evaluation_of_another_model_is_not_shown(config: Config) -> None:
+    model = config.run_dir / "models" / "round-001" / "lineage.json"
+    found = config.run_dir / "evaluation" / "round-001.json"
+    for path in (model, found):
+        path.parent.mkdir(parents=True)
+    mode = {"accuracy": 0.5, "tpf": 2.5}
+    modes = {"ar": mode, "jacobi": mode, "multiblock": mode}
+    found.write_text(json.dumps({"model_hash": "old", "passed": True, **modes}))
+    model.write_text(json.dumps({"model_hash": "old"}))
+    assert "TPF 2.50" in shown(config) and "6 stages left" in shown(config)
+    model.write_text(json.dumps({"model_hash": "new"}))
+    assert "TPF 2.50" not in shown(config) and "7 stages left" in shown(config)
+
+
 def test_a_checkpoint_that_is_removed_meanwhile_is_not_the_last(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

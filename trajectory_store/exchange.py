@@ -156,7 +156,7 @@ def json_values(source: Path) -> Iterator[Any]:
     """
     decoder = json.JSONDecoder()
     try:
-        with source.open(encoding="utf-8") as file:
+        with source.open(encoding="utf-8-sig") as file:
             text, place, before = "", 0, 0
             while True:
                 piece = file.read(READ_CHARACTERS)

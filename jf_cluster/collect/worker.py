@@ -22,6 +22,7 @@ from jf_cluster.evaluate.graders import grade
 from jf_cluster.jacobi.one_pass import respond_and_trace
 from jf_cluster.jacobi.responses import Response, generate_responses
 from jf_cluster.jacobi.sampling import Sampling, prompt_key
+from jf_cluster.jacobi.text import decode_behind
 from jf_cluster.jacobi.traces import Trace
 from jf_cluster.jacobi.trajectories import trace
 from jf_cluster.models import end_ids, load_tokenizer
@@ -158,8 +159,10 @@ class Collector:
         if settings.responses != "verified" or self.round_number == 1:
             return list(written)
         finished = [i for i, (response, _) in enumerate(written) if response.finished]
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         pairs = [
-            (self.tokenizer.decode(written[i][0].tokens, skip_special_tokens=True), prompts[i].answer) for i in finished
+            (decode_behind(decode, prompts[i].tokens.tolist(), written[i][0].tokens), prompts[i].answer)
+            for i in finished
         ]
         threads = max(1, int(settings.cpus_per_worker))
         verdicts = grade(self.config.prompts.grader, pairs, self.config.sandbox, threads)

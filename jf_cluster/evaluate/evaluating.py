@@ -37,21 +37,26 @@ from jf_cluster.tracking import StageRun, Tracker
 logger = logging.getLogger(__name__)
 
 
-def evaluate_round(config: Config, round_number: int, tracker: Tracker, crew: Crew | None = None) -> Evaluation:
+def evaluate_round(
+    config: Config, round_number: int, tracker: Tracker, crew: Crew | None = None, *, beside: bool = False
+) -> Evaluation:
     """Evaluate model ``round_number`` on the configured task, once; later calls give the stored result.
 
     The base's evaluation must exist before any other round's: agreement is measured against it.
 
     Args:
         crew: the processes that decode; by default new ones that end with the evaluation.
+        beside: the configured task is not the run's own; what is found has a file and an MLflow run of its own, and
+            neither the model's card nor the pictures show it.
 
     Raises:
         PromptsError: the task's prompts cannot be had.
         EvaluateError: no prompt could be decoded, or the base has not been evaluated (on this task).
     """
-    base = load_evaluation(config, 0)
-    if (known := load_evaluation(config, round_number)) is not None:
-        _tell_on_the_card(config, known, base)
+    base = load_evaluation(config, 0, beside=beside)
+    if (known := load_evaluation(config, round_number, beside=beside)) is not None:
+        if not beside:
+            _tell_on_the_card(config, known, base)
         return known
     if base is None and round_number > 0:
         raise EvaluateError("the base model is evaluated first, the others are measured against it: use --round 0")
@@ -72,7 +77,8 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker, crew: Cr
         "evaluating model %d on %d prompts of %s in modes %s",
         *(round_number, len(prompts), config.evaluate.task, ", ".join(MODES)),
     )
-    with tracker.stage(round_number, "evaluate") as stage, Crew.given_or_own(crew, config) as hosts:
+    task = config.evaluate.task if beside else None
+    with tracker.stage(round_number, "evaluate", task=task) as stage, Crew.given_or_own(crew, config) as hosts:
         answers = _answers(config, round_number, prompts, stage, hosts)
         answered = [p for p in prompts if p.prompt_id in answers.ar]
         speeds = _speeds(config, round_number, answered, hosts)
@@ -81,18 +87,19 @@ def evaluate_round(config: Config, round_number: int, tracker: Tracker, crew: Cr
             rejected=len(asked) - len(answered),
             seconds=time.monotonic() - begun,
         )
-        found = compared(found, evaluations_until(config, round_number - 1))
-        _tell_on_the_card(config, found, base)
+        found = compared(found, evaluations_until(config, round_number - 1, beside=beside))
+        if not beside:
+            _tell_on_the_card(config, found, base)
         stage.tags({"model_hash": found.model_hash, "passed": found.passed, "verdict": found.reason})
         stage.metrics(_metrics(found))
         for comparison in found.comparisons:
             against = {f"against_earlier/{name}": value for name, value in figures(comparison).items()}
             stage.metrics(against, step=comparison.before)
-        path = save_evaluation(config, found)  # after it nothing of this stage is made again
+        path = save_evaluation(config, found, beside=beside)  # after it nothing of this stage is made again
         stage.artifact(path)
-        if round_number > 0:
+        if round_number > 0 and not beside:
             stage.artifact(Path(config.model_dir(round_number)) / CARD)
-        if (look := look_at(config, round_number, answered, hosts)) is not None:
+        if not beside and (look := look_at(config, round_number, answered, hosts)) is not None:
             stage.artifact(look)
     logger.info(
         "model %d evaluated in %.0f s: accuracy %% %s, Jacobi %.2f tokens per forward, %.2f times AR's speed, "

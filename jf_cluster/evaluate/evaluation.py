@@ -1,7 +1,13 @@
-"""What an evaluation says, and its file."""
+"""What an evaluation says, and its file.
+
+A run's own task, the one it was begun with, decides what passes. Evaluations on another task lie ``beside`` those.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -9,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jf_cluster.config import Config, Task
 from jf_cluster.whole_files import write_whole
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["ar", "jacobi", "multiblock"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -152,37 +160,66 @@ def judge(accuracy: float | None, base: float | None, margin: float) -> tuple[bo
     )
 
 
-def evaluation_path(config: Config, round_number: int) -> Path:
-    """File of a round's evaluation."""
-    return config.run_dir / "evaluation" / f"round-{round_number:03d}.json"
+def evaluation_path(config: Config, round_number: int, *, beside: bool = False) -> Path:
+    """File of a round's evaluation on the run's own task, or on the configured one ``beside`` it."""
+    task = f"-{config.evaluate.task}" if beside else ""
+    return config.run_dir / "evaluation" / f"round-{round_number:03d}{task}.json"
 
 
-def evaluations_until(config: Config, last_round: int) -> list[Evaluation]:
+def evaluations_until(config: Config, last_round: int, *, beside: bool = False) -> list[Evaluation]:
     """The evaluations there are of rounds 0 to ``last_round``; errors as ``load_evaluation``."""
-    return [e for r in range(last_round + 1) if (e := load_evaluation(config, r)) is not None]
+    return [e for r in range(last_round + 1) if (e := load_evaluation(config, r, beside=beside)) is not None]
 
 
-def load_evaluation(config: Config, round_number: int) -> Evaluation | None:
-    """Give a round's evaluation, or None where there is none yet.
+def load_evaluation(config: Config, round_number: int, *, beside: bool = False) -> Evaluation | None:
+    """Give a round's evaluation, or None where there is none yet or the model was made again since.
 
     Raises:
         EvaluateError: the file is damaged or of a version that measured other things.
+        ModelError: what lies in the model's place is no model.
     """
-    path = evaluation_path(config, round_number)
+    path = evaluation_path(config, round_number, beside=beside)
     if not path.is_file():
         return None
     try:
-        return Evaluation.model_validate_json(path.read_text())
+        found = Evaluation.model_validate_json(path.read_text())
     except ValidationError as error:
         first = error.errors()[0]
         raise EvaluateError(
             f"{path} is not an evaluation of this version ({'.'.join(map(str, first['loc']))}: {first['msg']}): delete "
             "it and evaluate the model again"
         ) from error
+    if made_hash(config, round_number) in (None, found.model_hash):
+        return found
+    _tell_of_another_model(path, round_number)
+    return None
 
 
-def save_evaluation(config: Config, evaluation: Evaluation) -> Path:
+def made_hash(config: Config, round_number: int) -> str | None:
+    """Hash of the model there is of a round; None where there is none, or it is the base, or nothing says it.
+
+    Raises:
+        ModelError: what lies in the model's place is no model.
+    """
+    directory = Path(config.model_dir(round_number))
+    if round_number == 0 or not directory.is_dir():
+        return None
+    lineage = directory / "lineage.json"
+    if lineage.is_file():  # an older version's names none, and hashing a large model takes longer than a report may
+        recorded: str | None = json.loads(lineage.read_text()).get("model_hash")
+        return recorded
+    from jf_cluster.models import model_hash  # late: with torch
+
+    return model_hash(str(directory))
+
+
+@functools.cache  # once a process: evaluations are loaded again and again
+def _tell_of_another_model(path: Path, round_number: int) -> None:
+    logger.warning("%s is of another model %d than there is now: it counts as not evaluated", path, round_number)
+
+
+def save_evaluation(config: Config, evaluation: Evaluation, *, beside: bool = False) -> Path:
     """Write an evaluation in one atomic step."""
-    path = evaluation_path(config, evaluation.round)
+    path = evaluation_path(config, evaluation.round, beside=beside)
     write_whole(path, evaluation.model_dump_json(indent=1) + "\n")
     return path

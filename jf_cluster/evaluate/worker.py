@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from jf_cluster.evaluate.tasks import grader_of
 from jf_cluster.jacobi.decoding import Generation, generate
 from jf_cluster.jacobi.drafts import Drafting
 from jf_cluster.jacobi.sampling import prompt_key
+from jf_cluster.jacobi.text import decode_behind
 from jf_cluster.jacobi.trajectories import trace
 from jf_cluster.models import end_ids, load_tokenizer
 
@@ -72,11 +74,12 @@ class Evaluator:
         """Decode a batch in every mode and grade it."""
         some = [p for p in prompts if p.prompt_id in self.multiblock]
         asked: dict[Mode, Sequence[Prompt]] = {"ar": prompts, "jacobi": prompts, "multiblock": some}
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         answers: dict[Mode, list[Answer]] = {
             mode: [
                 Answer(
                     prompt.prompt_id,
-                    self.tokenizer.decode(made.tokens, skip_special_tokens=True),
+                    decode_behind(decode, prompt.tokens.tolist(), made.tokens),
                     tuple(int(t) for t in made.tokens),
                     made.finished,
                     tuple(made.accepted_runs[1:]),

@@ -72,7 +72,7 @@ def answers(loaded: Loaded, prompt: list[int], settings: Settings) -> Iterator[R
         PromptError: the conversation no longer fits the model's context.
     """
     ar_tps = measure_ar(loaded, prompt, settings)
-    text, rate, tps = TextStream(loaded.decode, settings.stop), Rate(), 0.0
+    text, rate, tps = TextStream(loaded.decode, settings.stop, prompt), Rate(), 0.0
     pieces = stream(
         loaded.model, prompt, max_new_tokens=settings.max_new_tokens, end_ids=loaded.end_ids,
         drafting=settings.drafting, sampling=settings.sampling, key=settings.seed, stop=settings.stop,

@@ -37,7 +37,8 @@ def read_tasks(path: Path, loaded: Loaded, column: str, template: bool) -> list[
         ConfigError: no such file, a line that is not JSON or has no prompt; the message names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # `splitlines` would also split at characters that a text or JSON may hold, such as U+2028.
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts cannot be read from {path}: {error}") from error
     parse = _json_fields if path.suffix in (".jsonl", ".json") else _text_fields
@@ -105,11 +106,11 @@ def respond(
             decode=loaded.decode,
         )
         for index, generation in zip(chosen, made, strict=True):
-            yield index, tasks[index].fields | _result(loaded, settings, generation)
+            yield index, tasks[index].fields | _result(loaded, settings, tasks[index].ids, generation)
 
 
-def _result(loaded: Loaded, settings: Settings, made: Generation) -> dict[str, Any]:
-    text = TextStream(loaded.decode, settings.stop)
+def _result(loaded: Loaded, settings: Settings, prompt: list[int], made: Generation) -> dict[str, Any]:
+    text = TextStream(loaded.decode, settings.stop, prompt)
     return {
         "response": text.feed(made.tokens) + text.finish(),
         "finish_reason": made.reason,

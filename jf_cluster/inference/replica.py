@@ -175,7 +175,7 @@ class _Answer:
         self.chat = kind == "chat.completion"
         prefix = "chatcmpl" if self.chat else "cmpl"
         self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.text = TextStream(scheduler.loaded.decode, asked.stops)
+        self.text = TextStream(scheduler.loaded.decode, asked.stops, ticket.row.prompt)
 
     async def whole(self) -> dict[str, Any]:
         """The response when it is complete; a client that goes away meanwhile frees its place."""

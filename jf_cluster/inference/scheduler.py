@@ -88,7 +88,7 @@ class Scheduler:
                 f"the prompt has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the "
                 f"{self.context_tokens} this server allows"
             )
-        text = TextStream(self.loaded.decode, stop) if stop else None
+        text = TextStream(self.loaded.decode, stop, prompt) if stop else None
         row = Row(prompt, key, self.drafting, max_new_tokens, self._ends, sampling, text)
         ticket = Ticket(row, asyncio.get_running_loop())
         with self._changed:

@@ -149,12 +149,11 @@ def _rows(
     if drafting == AUTO:
         drafting = choose(model, prompts, ends).drafting
     assert isinstance(drafting, Drafting)
-    return [
-        Row(
-            prompt, key, drafting, max_new_tokens, ends, sampling, TextStream(decode, stop) if decode and stop else None
-        )
-        for prompt, key in zip(prompts, range(len(prompts)) if keys is None else keys, strict=True)
-    ]
+    rows = []
+    for prompt, key in zip(prompts, range(len(prompts)) if keys is None else keys, strict=True):
+        text = TextStream(decode, stop, prompt) if decode and stop else None
+        rows.append(Row(prompt, key, drafting, max_new_tokens, ends, sampling, text))
+    return rows
 
 
 def check_prompt(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int, name: str = "the prompt") -> None:

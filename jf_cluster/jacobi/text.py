@@ -1,4 +1,4 @@
-"""From tokens to text while they arrive: incremental decoding and stop strings.
+"""From a response's tokens to its text, whole or while they arrive: incremental decoding and stop strings.
 
 A response's text is handed out as soon as it cannot change any more. Withheld are the bytes of an unfinished
 character and a tail that may be the beginning of a stop string. The work per token does not depend on how much was
@@ -16,20 +16,41 @@ UNFINISHED = "\ufffd"
 """What tokenizers give for bytes that are not a whole character yet."""
 LONGEST_CHARACTER_TOKENS = 8
 """A character has at most four bytes, hence tokens; what is still unfinished after more tokens never will be."""
+CONTEXT_TOKENS = 8
+"""So many of a prompt's last tokens are decoded with its response; special tokens among them may write nothing."""
+
+
+def decode_behind(decode: Decode, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Text of ``tokens`` as it reads behind ``prompt``.
+
+    Decoded on their own, a SentencePiece tokenizer would take their first space for the one it puts before every text.
+    """
+    context = _context(decode, prompt)
+    return decode([*context, *tokens])[len(decode(context)) :]
+
+
+def _context(decode: Decode, prompt: Sequence[int]) -> list[int]:
+    """The prompt's last tokens; none where it ends within a character, which a response could complete."""
+    last = list(prompt[-CONTEXT_TOKENS:])
+    return [] if decode(last).endswith(UNFINISHED) else last
 
 
 class TextStream:
     """Text of one response, token by token, up to the first of ``stop`` that appears in it."""
 
-    def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
-        """Raise ValueError when a stop string is empty: it would stop every response before its first character."""
+    def __init__(self, decode: Decode, stop: Sequence[str] = (), behind: Sequence[int] = ()) -> None:
+        """Begin a response to the prompt ``behind``, whose text is not given; see ``decode_behind``.
+
+        Raises:
+            ValueError: a stop string is empty, which would stop every response before its first character.
+        """
         if any(not s for s in stop):
             raise ValueError("a stop string is empty")
         self.stopped: str | None = None
         """The stop string that was found; tokens after it are ignored."""
         self._decode, self._stop = decode, tuple(stop)
-        self._window: list[int] = []  # The tokens of the last piece that was decoded, then those after it.
-        self._known = 0  # So many tokens of the window have given their text.
+        self._window = _context(decode, behind)  # The tokens of the last piece that was decoded, then those after it.
+        self._known = len(self._window)  # So many tokens of the window have given their text.
         self._held = ""
 
     def push(self, token: int) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 from jf_cluster.config import Config
 from jf_cluster.messages import first_line
@@ -34,7 +34,6 @@ from trajectory_store import without_secrets
 logger = logging.getLogger(__name__)
 
 StageName = Literal["collect", "train", "evaluate"]
-STAGES: tuple[StageName, ...] = get_args(StageName)
 PARENT = "distill"
 
 
@@ -94,19 +93,23 @@ class Tracker:
         return StageRun.attach(self.uri, self.run_id, self._journal(PARENT), quiet=self.run_id is None)
 
     @contextmanager
-    def stage(self, round_number: int, name: StageName, *, anew: bool = False) -> Iterator[StageRun]:
+    def stage(
+        self, round_number: int, name: StageName, *, task: str | None = None, anew: bool = False
+    ) -> Iterator[StageRun]:
         """The nested run of a stage, created or found again; marked finished or failed on leaving.
 
         A stage whose run is finished is being made again, since its output was there once: it gets a new run, as it
         does with ``anew``, for a run that was killed before it could be marked. While it lasts, the machines' load is
-        recorded in it, and ``status`` says what it is doing.
+        recorded in it, and ``status`` says what it is doing. An evaluation on another ``task`` than the run's own has
+        runs of its own.
         """
         self._catch_up()
         run_id = None
-        title = f"round-{round_number:03d}-{name}"
+        key = name if task is None else f"{name}-{task}"
+        title = f"round-{round_number:03d}-{key}"
         if self.run_id is not None:
             try:
-                run_id = self._unfinished_or_new_run(round_number, name, anew)
+                run_id = self._unfinished_or_new_run(round_number, key, anew)
             except refusals() as error:
                 logger.warning("MLflow at %s: no run for %s (%s)", self.place, title, first_line(error))
         status: Status = "FAILED"
@@ -170,28 +173,28 @@ class Tracker:
     def _replay(self) -> None:
         """Send what stages of this and earlier processes kept while the store did not answer."""
         for journal in sorted((self.run_dir / "tracking").glob("*.jsonl")):
-            found = re.match(r"round-(\d+)-([a-z]+)\b", journal.name)
+            found = re.match(r"round-(\d+)-([a-z]+(?:-\w+)?)\b", journal.name)
             if found and found[0] not in self._active:
-                name = next(stage for stage in STAGES if stage == found[2])
-                run_id = self.stage_run(int(found[1]), name) or self._new_stage_run(int(found[1]), name)
+                number, key = int(found[1]), found[2]
+                run_id = self.stage_run(number, key) or self._new_stage_run(number, key)
                 StageRun.attach(self.uri, run_id, journal).flush()
 
-    def stage_run(self, round_number: int, name: StageName) -> str | None:
-        """Id of a stage's newest run, None where there is none."""
-        return self._find({KEY: self.run_key, ROUND: str(round_number), STAGE: name})
+    def stage_run(self, round_number: int, key: str) -> str | None:
+        """Id of a stage's newest run, None where there is none; ``key`` is its name, with ``-task`` as in ``stage``."""
+        return self._find({KEY: self.run_key, ROUND: str(round_number), STAGE: key})
 
-    def _unfinished_or_new_run(self, round_number: int, name: StageName, anew: bool) -> str:
-        mlflow, known = client(self.uri), self.stage_run(round_number, name)
+    def _unfinished_or_new_run(self, round_number: int, key: str, anew: bool) -> str:
+        mlflow, known = client(self.uri), self.stage_run(round_number, key)
         if known and not anew and mlflow.get_run(known).info.status != "FINISHED":
             return self._again(known)
-        run_id = self._new_stage_run(round_number, name)
+        run_id = self._new_stage_run(round_number, key)
         if known:
             mlflow.set_tag(known, SUPERSEDED_BY, run_id)
         return run_id
 
-    def _new_stage_run(self, round_number: int, name: StageName) -> str:
-        tags = {KEY: self.run_key, ROUND: str(round_number), STAGE: name}
-        return self._create({**tags, "mlflow.parentRunId": str(self.run_id)}, f"round-{round_number:03d}-{name}")
+    def _new_stage_run(self, round_number: int, key: str) -> str:
+        tags = {KEY: self.run_key, ROUND: str(round_number), STAGE: key}
+        return self._create({**tags, "mlflow.parentRunId": str(self.run_id)}, f"round-{round_number:03d}-{key}")
 
     def _find(self, tags: dict[str, str]) -> str | None:
         wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())

@@ -110,11 +110,12 @@ def train_round(config: Config, round_number: int, tracker: Tracker, arriving: A
             _train_to_the_end(config, job, training / "ray", stage)
         trajectories = inputs.sealed().content_hash
         stage.tags({"store_hash": trajectories})
-        _write_lineage(config, round_number, inputs.parent_hash, trajectories, partial)
+        made = model_hash(str(partial))
+        _write_lineage(config, round_number, made, inputs.parent_hash, trajectories, partial)
         summary = _write_summary(config, job, training / f"{name}.json", earlier_s + time.monotonic() - begun)
         _publish(partial, target)
         stage.metrics({"train/stage_seconds": float(summary["seconds"])}, step=config.train.steps)
-        stage.tags({"model_hash": model_hash(str(target))})
+        stage.tags({"model_hash": made})
         stage.artifact(training / f"{name}.json")
     drop_leftovers(config)
     logger.info(
@@ -281,8 +282,11 @@ def _report_skips(config: Config, job: RankJob, skips: list[Skip], stage: StageR
     )
 
 
-def _write_lineage(config: Config, round_number: int, parent_hash: str, trajectories: str, partial: Path) -> None:
+def _write_lineage(
+    config: Config, round_number: int, made: str, parent_hash: str, trajectories: str, partial: Path
+) -> None:
     lineage = {
+        "model_hash": made,
         "base_model": config.model.path,
         "base_model_hash": model_hash(config.model.base),
         "parent_model_hash": parent_hash,

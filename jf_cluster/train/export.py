@@ -1,7 +1,8 @@
 """Writing the trained model as a plain Hugging Face directory, from weights that are sharded over the ranks.
 
 Parameters are gathered one after another and written file by file, so no host ever holds more than one output file
-of weights besides its shards. The directory is complete before it gets its name.
+of weights and one parameter besides its shards. What transformers fused while loading, such as the experts of a layer,
+gets its published names and shapes again. The directory is complete before it gets its name.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from jf_cluster.model_card import write_card
-from jf_cluster.models import TOKENIZER_FILES, resolve
+from jf_cluster.models import TOKENIZER_FILES, ModelError, resolve
 from jf_cluster.package_decoder import write_decoder
 from jf_cluster.train.engine import ADAPTER
 
@@ -70,7 +72,7 @@ def export_model(model: PreTrainedModel, target: Path, dtype: torch.dtype, base:
 
 
 def _full_tensors(model: PreTrainedModel, keep: bool) -> Iterator[tuple[str, Tensor | None]]:
-    """Whole tensors of the plain model's state dict one at a time, in a fixed order, CPU copies where ``keep``.
+    """Whole tensors as ``save_pretrained`` names and shapes them, in a fixed order, CPU copies where ``keep``.
 
     A tied tensor comes once; a layer with adapters gives its weight with their product added.
     """
@@ -85,10 +87,38 @@ def _full_tensors(model: PreTrainedModel, keep: bool) -> Iterator[tuple[str, Ten
             whole = parameter.detach().to("cpu", copy=True).contiguous() if keep else None
             if layer is not None and whole is not None:
                 whole = whole.float() + layer.get_delta_weight(ADAPTER).detach().cpu().float()
-        yield name.replace(".base_layer.", "."), whole
+        yield from _published(model, name, whole)
     for name, buffer in model.named_buffers():
         if name in persistent:
-            yield name, buffer.detach().cpu().contiguous() if keep else None
+            yield from _published(model, name, buffer.detach().cpu().contiguous() if keep else None)
+
+
+def _published(model: PreTrainedModel, name: str, whole: Tensor | None) -> Iterator[tuple[str, Tensor | None]]:
+    name = name.replace(".base_layer.", ".")
+    if whole is None:
+        yield name, None
+    else:
+        yield from revert_weight_conversion(model, {name: whole}).items()
+
+
+def check_exportable(model: PreTrainedModel) -> None:
+    """Make sure that each parameter by itself can be given its published names.
+
+    Raises:
+        ModelError: several parameters make up one tensor of the published model.
+    """
+    found: set[str] = set()
+    for name, parameter in model.named_parameters():
+        if _is_adapter(name):
+            continue
+        empty = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+        for published, _ in _published(model, name, empty):
+            if published in found:
+                raise ModelError(
+                    f"{type(model).__name__} cannot be exported: its checkpoints have {published} for several "
+                    f"parameters, {name} among them, and an export writes one parameter at a time"
+                )
+            found.add(published)
 
 
 def _lora_layer() -> Any:

@@ -105,6 +105,7 @@ def run_rank(job: RankJob) -> None:
             seconds = time.perf_counter() - begun
             logger.info("ranks ready after %.1f s, %d of %d steps done", seconds, start.step, config.train.steps)
         model = ranks.module.model
+        export.check_exportable(model)  # before hours of training
         with branch_attention(model, config.model.attention), named_when_full(Path(job.checkpoints)):
             exports = start.finished or _steps(job, config, group, ranks, start)
         if exports:

@@ -72,7 +72,8 @@ def export(config: Config, round_number: int, content: int | None = None) -> Non
     directory = Path(config.model_dir(round_number))
     directory.mkdir(parents=True)
     (directory / "model.safetensors").write_bytes(bytes([content]))
-    lineage = {"parent_model_hash": "p", "trajectories_content_hash": f"t{content}", "base_model_hash": "b"}
+    made = {"model_hash": f"{content}" * 64, "trajectories_content_hash": f"t{content}"}
+    lineage = made | {"parent_model_hash": "p", "base_model_hash": "b"}
     (directory / "lineage.json").write_text(json.dumps(lineage))
     write_card(directory, base="tiny", dtype="float32", round_number=round_number)
 

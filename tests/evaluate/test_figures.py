@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from jf_cluster.evaluate.evaluation import (
     Evaluation,
     ModeResult,
     evaluation_path,
+    evaluations_until,
     judge,
     load_evaluation,
     save_evaluation,
 )
 from jf_cluster.evaluate.scoring import acceptance, wilson
+from jf_cluster.models import model_hash
 
 
 def evaluation(round_number: int, right: str, tpf: float, **changes: object) -> Evaluation:
@@ -93,6 +96,29 @@ def test_what_is_known_of_a_comparison_is_kept(tmp_path: Path) -> None:
     path.write_text(json.dumps(before))
     old = load_evaluation(config, 2)
     assert old is not None and old.comparisons == ()
+
+
+@pytest.mark.parametrize("made_here", [True, False])
+def test_an_evaluation_of_another_model_does_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, base_model: Path, made_here: bool
+) -> None:
+    """Whether the model's hash is in its lineage, as where a round made it, or it was put there by hand."""
+    config = Config(runs_dir=tmp_path)
+    directory = Path(config.model_dir(1))
+    shutil.copytree(base_model, directory)
+    if made_here:
+        (directory / "lineage.json").write_text(json.dumps({"model_hash": "new"}))
+    save_evaluation(config, evaluation(0, "yn", 1.5))
+    save_evaluation(config, evaluation(1, "yn", 1.5))
+    assert load_evaluation(config, 1) is None and [e.round for e in evaluations_until(config, 1)] == [0]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{evaluation_path(config, 1)} is of another model 1 than there is now: it counts as not evaluated"
+    ]
+    now = evaluation(1, "yn", 1.5, model_hash="new" if made_here else model_hash(str(base_model)))
+    save_evaluation(config, now)
+    assert load_evaluation(config, 1) == now
+    shutil.rmtree(directory)
+    assert load_evaluation(config, 1) == now
 
 
 def test_speed_up_is_over_the_strongest_ar() -> None:

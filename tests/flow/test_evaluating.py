@@ -22,6 +22,7 @@ from jf_cluster.jacobi.responses import generate_responses
 from jf_cluster.jacobi.sampling import prompt_key
 from jf_cluster.models import end_ids, load_model, load_tokenizer
 from jf_cluster.tracking import Tracker
+from jf_cluster.tracking.store import SUPERSEDED_BY
 from tests.flow.conftest import small_config
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -122,6 +123,28 @@ def test_the_file_is_read_back_and_not_made_again(evaluated: tuple[Config, Evalu
     before = evaluation_path(config, 0).stat().st_mtime_ns
     assert load_evaluation(config, 0) == base == evaluate_round(config, 0, Tracker.open(config))
     assert evaluation_path(config, 0).stat().st_mtime_ns == before
+
+
+def test_another_task_is_measured_beside_the_runs_own(
+    evaluated: tuple[Config, Evaluation, Evaluation], tmp_path: Path
+) -> None:
+    config, base, other = evaluated
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(json.dumps({"question": f"What is {n}?", "answer": f"#### {n}"}) for n in range(3)))
+    task = {"task": "gsm8k", "source": str(source), "speed_prompts": 1}
+    asked = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=task)})
+    tracker, card = Tracker.open(config), Path(config.model_dir(1)) / "README.md"
+    runs, told = [tracker.stage_run(r, "evaluate") for r in (0, 1)], card.read_text()
+    evaluate_round(asked, 0, tracker, beside=True)
+    found = evaluate_round(asked, 1, tracker, beside=True)
+    assert (found.task, found.prompts) == ("gsm8k", 3) and found.comparisons[0].before == 0
+    assert found == load_evaluation(asked, 1, beside=True) == evaluate_round(asked, 1, tracker, beside=True)
+    assert evaluation_path(asked, 1, beside=True).name == "round-001-gsm8k.json"
+    assert (load_evaluation(config, 0), load_evaluation(config, 1), card.read_text()) == (base, other, told)
+    assert [tracker.stage_run(r, "evaluate") for r in (0, 1)] == runs
+    mlflow = MlflowClient(tracker.uri)
+    assert mlflow.get_run(tracker.stage_run(1, "evaluate-gsm8k")).data.metrics["tpf_jacobi"] == found.jacobi.tpf
+    assert all(SUPERSEDED_BY not in mlflow.get_run(run).data.tags for run in runs)
 
 
 def test_the_base_goes_first(tmp_path: Path, base_model: Path, other_model: Path) -> None:

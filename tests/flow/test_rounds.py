@@ -15,7 +15,7 @@ import pytest
 from jf_cluster import locks
 from jf_cluster.collect.prompts import PromptsError
 from jf_cluster.config import Config, ConfigError
-from jf_cluster.evaluate.evaluation import Evaluation, ModeResult, save_evaluation
+from jf_cluster.evaluate.evaluation import Evaluation, ModeResult, load_evaluation, save_evaluation
 from jf_cluster.models import ModelError
 from jf_cluster.planning import memory
 from jf_cluster.planning.estimate import Rates, stages
@@ -62,6 +62,41 @@ def test_the_collection_with_the_last_model_can_be_left_out(
     assert done[-1] == (("_collect", 3) if after_last else ("_evaluate", 2))
     assert StatusReader(config).read().stages_left == 7 + after_last
     assert stages(config, Rates(*[1.0] * 6))[0].count == 2 + after_last
+
+
+def test_models_may_be_measured_on_another_task(tmp_path: Path, base_model: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "How many?", "answer": "#### 1"}))
+    own = small_config(tmp_path, base_model)
+    asked = {"evaluate__task": "gsm8k", "evaluate__source": str(rows)}
+    begun(own)
+    recorded = (own.run_dir / "config.yaml").read_text()
+    evaluated(own)
+    other = small_config(tmp_path, base_model, **asked)
+    with opened(other, any_task=True) as rounds:
+        assert not rounds.evaluated(0) and rounds.config == own
+        save_evaluation(other, load_evaluation(own, 0).model_copy(update={"task": "gsm8k"}), beside=True)
+        assert rounds.evaluated(0)
+    assert (own.run_dir / "config.yaml").read_text() == recorded
+    with opened(own) as rounds:
+        assert rounds.evaluated(0) and load_evaluation(own, 0).task == "held_out"
+    with pytest.raises(ConfigError, match=r"evaluate\.task: 'held_out' before, 'gsm8k' now"):
+        begun(other)  # to collect or train
+    for changes, message in [
+        (
+            asked | {"evaluate__prompts": 3},
+            r"evaluated on gsm8k with other settings:\n  evaluate\.prompts: 12 before, 3",
+        ),
+        (asked | {"train__learning_rate": 0.001}, r"begun with other settings:\n  train\.learning_rate"),
+        ({"evaluate__prompts": 3}, r"begun with other settings:\n  evaluate\.prompts: 12 before, 3 now"),
+    ]:
+        with (
+            pytest.raises(ConfigError, match=message),
+            opened(small_config(tmp_path, base_model, **changes), any_task=True),
+        ):
+            pass
+    with opened(small_config(tmp_path, base_model, **asked, evaluate__batch_prompts=2), any_task=True):
+        pass
 
 
 def test_two_processes_do_not_work_on_one_run(config: Config) -> None:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from jf_cluster.__main__ import app
 from jf_cluster.inference import loaded as loading
 from jf_cluster.inference.chat import WARM_UPS, Rate, Run, Screen, answers, converse, measure_ar
+from jf_cluster.inference.files import read_tasks, write_rows
 from jf_cluster.inference.loaded import Loaded, Settings, load
 from jf_cluster.jacobi.decoding import Generation, generate
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
@@ -221,6 +222,15 @@ def test_files_in_files_out(loaded: Loaded, directory: Path, tmp_path: Path) -> 
     (row,) = [json.loads(line) for line in (tmp_path / "plain.jsonl").read_text().splitlines()]
     whole = expected_text(loaded, loaded.plain("One"), 20)
     assert row["response"] == whole[: whole.index(stop)] and row["finish_reason"] == "stop"
+
+
+def test_lines_end_at_line_feeds_only(loaded: Loaded, tmp_path: Path) -> None:
+    texts = ["a\u2028b\u2029c\x85d", "e\x0bf\x0cg"]
+    write_rows(tmp_path / "in.jsonl", [{"prompt": text} for text in texts])
+    (tmp_path / "in.txt").write_bytes("\r\n".join(texts).encode("utf-8-sig"))
+    for name in ("in.jsonl", "in.txt"):
+        tasks = read_tasks(tmp_path / name, loaded, "prompt", template=False)
+        assert [task.fields["prompt"] for task in tasks] == texts and [task.line for task in tasks] == [1, 2]
 
 
 @pytest.mark.parametrize(

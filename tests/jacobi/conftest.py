@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -43,6 +45,23 @@ def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
         initializer_range=0.3,
     )
     return model_class(config).eval()
+
+
+def llama_tokenizer(*words: str) -> Tokenizer:
+    """Llama 2's rules: a space before every text, which decoding takes away again; bytes for unknown characters.
+
+    Text is encoded letter by letter; ``words``, ids 3 and on, are for responses. Id 0 is a special token.
+    """
+    letters = "▁abcdefghijklmnopqrstuvwxyz=\n[]().:3"
+    pieces = ["<s>", "</s>", "<unk>", *words, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
 
 
 @pytest.fixture(scope="session", params=sorted(ARCHITECTURES))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jf_cluster.jacobi.text import TextStream
+from jf_cluster.jacobi.text import TextStream, decode_behind
+from jf_cluster.tiny.pretrain import build_tokenizer
+from tests.jacobi.conftest import llama_tokenizer
 
 PIECES = [*(bytes([b]) for b in "aé€😀".encode()), b"ab", b"b", b" a", b""]
 """A byte-level vocabulary: characters of one to four bytes come apart over tokens, some tokens write nothing."""
@@ -76,3 +80,42 @@ def test_the_work_per_token_does_not_grow() -> None:
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         TextStream(decode, [""])
+
+
+LLAMA = llama_tokenizer("▁▁▁▁", "▁return", "▁x")
+EMOJI = [LLAMA.token_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "text"),
+    [
+        (LLAMA.encode("def f(x):\n").ids, [3, 4, 5], "     return x"),
+        (LLAMA.encode("[inst] a [/inst]").ids, [4, 5], " return x"),
+        ([*LLAMA.encode("a").ids, 0], [3, 4, 5, 1], "     return x"),  # behind a special token
+        ([0], [4, 5], "return x"),  # behind nothing else: the text's first space is the tokenizer's
+        ([], [4, 5], "return x"),
+        ([*LLAMA.encode("a").ids, *EMOJI], [4], " return"),
+        ([*LLAMA.encode("a").ids, *EMOJI[:2]], [*EMOJI[2:], 4], "\ufffd\ufffd return"),  # cut within a character
+    ],
+)
+def test_a_response_keeps_its_first_space(prompt: list[int], tokens: list[int], text: str) -> None:
+    assert decode_behind(LLAMA.decode, prompt, tokens) == text
+    stream = TextStream(LLAMA.decode, behind=prompt)
+    assert stream.feed(tokens) + stream.finish() == text
+    if " " in text:
+        stopped = TextStream(LLAMA.decode, [" "], behind=prompt)
+        assert stopped.feed(tokens) == text[: text.index(" ")] and stopped.stopped == " "
+
+
+def test_behind_a_prompt_byte_level_text_is_what_it_is_alone() -> None:
+    tokenizer = build_tokenizer(vocab_size=320, examples=200)
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "3 😀?"}], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    for prompt in (chat, tokenizer.encode("3 😀"), tokenizer.encode("é")):
+        for text in ("    return x", "é 😀\n", " .", ""):
+            tokens = [*tokenizer.encode(text), tokenizer.eos_token_id]
+            stream = TextStream(decode, behind=prompt)
+            assert decode_behind(decode, prompt, tokens) == decode(tokens) == text
+            assert stream.feed(tokens) + stream.finish() == text

@@ -130,7 +130,13 @@ def test_scattered_records_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a": 1}\n{"a": [2, 3]}\n', '[{"a": 1}, {"a": [2, 3]}]', ' [ {"a":1},\n{"a":[2,3]}\n]']
+    "text",
+    [
+        '{"a": 1}\n{"a": [2, 3]}\n',
+        '[{"a": 1}, {"a": [2, 3]}]',
+        ' [ {"a":1},\n{"a":[2,3]}\n]',
+        '\ufeff{"a": 1}\n{"a": [2, 3]}\n',  # behind a byte order mark
+    ],
 )
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 def test_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, piece: int) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers.models.hrm_text import HrmTextConfig, HrmTextForCausalLM
 
 from jf_cluster.config import Config
+from jf_cluster.models import ModelError
 from jf_cluster.train.checkpoints import CheckpointError
-from tests.train.conftest import Ranks, job_of, losses, rewind, weights
+from jf_cluster.train.export import check_exportable
+from tests.train.conftest import VOCABULARY, Ranks, job_of, losses, rewind, weights
 
 
 def test_resumed_and_uninterrupted_and_other_world_sizes_agree(sealed: Config, ranks: Ranks, tmp_path: Path) -> None:
@@ -130,6 +135,43 @@ def test_the_export_is_the_gathered_weights_and_loads_in_transformers(
     loaded = dict(model.named_parameters())
     assert loaded.keys() == gathered.keys()
     assert all(torch.equal(loaded[name], weight) for name, weight in gathered.items())
+
+
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "eos_token_id": 1,
+}  # fmt: skip
+MIXTURES = {
+    "qwen3": (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_exported_as_they_are_published(
+    configured: Callable[..., Config], base: Path, ranks: Ranks, tmp_path: Path, kind: str
+) -> None:
+    """transformers holds a layer's experts in two tensors, while checkpoints have each expert's by itself."""
+    mixture, experts = MIXTURES[kind]
+    published = tmp_path / kind
+    AutoModelForCausalLM.from_config(mixture(**SIZES, **experts)).save_pretrained(published)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, published / name)
+    config = configured(model=published)
+    ranks.call(gathered_after_export, 2, config.model_dump_json(), str(tmp_path / "export"))
+    expected = load_file(published / "model.safetensors")
+    found = {n: t for file in (tmp_path / "export").glob("*.safetensors") for n, t in load_file(file).items()}
+    assert found.keys() == expected.keys() and sum(".experts.3." in name for name in found) == 6
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_what_several_parameters_make_up_is_refused() -> None:
+    config = HrmTextConfig(**SIZES | {"num_key_value_heads": 2})
+    with (
+        torch.device("meta"),
+        pytest.raises(ModelError, match=r"HrmTextForCausalLM cannot be exported: .*gqkv_proj"),
+    ):
+        check_exportable(HrmTextForCausalLM(config))
 
 
 def test_a_checkpoint_of_another_training_is_refused(sealed: Config, ranks: Ranks, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_a_killed_rank_changes_nothing_but_the_time(configured: Callable[..., Co
     assert [(r.step, r.loss) for r in read_steps(steps_log)] == [(r.step, r.loss) for r in read_steps(other_log)]
 
     lineage = json.loads((Path(whole.model_dir(1)) / "lineage.json").read_text())
+    assert lineage["model_hash"] == model_hash(whole.model_dir(1))
     assert lineage["parent_model_hash"] == lineage["base_model_hash"] == model_hash(whole.model.path)
     summary = json.loads((whole.run_dir / "training" / "round-001.json").read_text())
     assert summary["steps"] == 12 and summary["skipped_samples"] == 0 and summary["seconds"] > summary["step_seconds"]

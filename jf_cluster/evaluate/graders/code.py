@@ -51,12 +51,16 @@ def code_of(response: str, entry_point: str = "") -> str:
 def program(response: str, reference: CodeReference) -> str:
     """The program that passes exactly when the response is right."""
     code = code_of(response, reference.entry_point)
-    if reference.prompt:
-        if not _defines(code, reference.entry_point):
-            code = reference.prompt + _AFTER_FUNCTION.split(code)[0]
-        elif _is_complete(reference.prompt):
-            # For its imports and helpers; the function that is only documented in it is defined anew behind it.
-            code = f"{reference.prompt}\n{code}"
+    whole = code.lstrip()  # A SentencePiece tokenizer's first word behind a chat template begins with a space.
+    if not reference.prompt:
+        code = whole
+    elif not _defines(whole, reference.entry_point):
+        code = reference.prompt + _AFTER_FUNCTION.split(code)[0]
+    elif _is_complete(reference.prompt):
+        # For its imports and helpers; the function that is only documented in it is defined anew behind it.
+        code = f"{reference.prompt}\n{whole}"
+    else:
+        code = whole
     return f"{code}\n\n{reference.tests}\n"
 
 
