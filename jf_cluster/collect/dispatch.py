@@ -28,7 +28,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
 from jf_cluster.messages import first_line, last_line
 from jf_cluster.stopping import raise_if_asked
@@ -190,7 +190,7 @@ class Dispatcher(Generic[T, R]):
                     late_at = time.monotonic() + POLL_S
                 while self._idle and self._more():
                     self._give(self._idle.popleft())
-        except (KeyboardInterrupt, GeneratorExit):  # the latter when it came while the caller had an event
+        except BaseException:  # an interrupt that came while the caller had an event is GeneratorExit
             self._save()
             raise
         finally:
@@ -250,13 +250,6 @@ class Dispatcher(Generic[T, R]):
         """Fetch what a slot's finished task left: a report, safe ids, a worker's readiness, or a failure."""
         try:
             value = slot.answer.result()
-        except (RayActorError, WorkerCrashedError) as error:
-            if isinstance(error, ActorDiedError) and error.actor_init_failed:
-                raise DispatchError(f"a worker could not start: {last_line(error)}") from error
-            if isinstance(error, ActorUnavailableError):
-                logger.warning("worker %d does not answer: %s", slot.number, error)
-            yield from self._lose(slot, f"worker died: {first_line(error)}")
-            return
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, self._fatal):
@@ -269,6 +262,13 @@ class Dispatcher(Generic[T, R]):
                 ) from error
             # The worker lives on, but what the failed batch left in it cannot be trusted.
             yield from self._lose(slot, f"{type(cause).__name__}: {first_line(cause)}")
+            return
+        except RayError as error:  # not only RayActorError: of a worker killed for its memory it is OutOfMemoryError
+            if isinstance(error, ActorDiedError) and error.actor_init_failed:
+                raise DispatchError(f"a worker could not start: {last_line(error)}") from error
+            if isinstance(error, ActorUnavailableError):
+                logger.warning("worker %d does not answer: %s", slot.number, error)
+            yield from self._lose(slot, f"worker died: {first_line(error)}")
             return
         batch, slot.batch, slot.finishing = slot.batch, None, False
         self._failed_starts = 0

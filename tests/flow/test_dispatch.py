@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import OutOfMemoryError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jf_cluster.collect import dispatch
 from jf_cluster.collect.crew import Crew, WorkerModels
-from jf_cluster.collect.dispatch import Dispatcher, DispatchError, Done, Report
+from jf_cluster.collect.dispatch import Dispatcher, DispatchError, Done, Lost, Report
 from jf_cluster.models import ModelError
 from tests.flow.conftest import small_config
 
@@ -139,6 +142,64 @@ def test_what_is_held_is_saved_when_the_interrupt_comes_while_the_caller_has_an_
             assert not (tmp_path / "saved").exists()
             raise KeyboardInterrupt
     assert (tmp_path / "saved").exists()
+
+
+class FullDisk(Saving):
+    """Cannot write the second batch."""
+
+    async def run(self, items: list[Item]) -> Report[int]:
+        if items[0].prompt_id == "20":
+            raise OSError("No space left on device")
+        return await super().run(items)
+
+
+def test_what_is_held_is_saved_whatever_ends_the_run(tmp_path: Path) -> None:
+    def start(_: int) -> tuple[ActorHandle, ray.ObjectRef]:
+        actor = ray.remote(num_cpus=0)(FullDisk).remote(tmp_path / "saved")
+        return actor, actor.ready.remote()
+
+    dispatcher: Dispatcher[Item, int] = Dispatcher(start, workers=1, timeout_s=120, max_attempts=3, fatal=(OSError,))
+    with pytest.raises(OSError, match="No space left"):
+        list(dispatcher.run([[Item("10")], [Item("20")]]))
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_worker_whose_node_is_gone_is_replaced() -> None:
+    """Its error is an ActorUnschedulableError, which is no RayActorError."""
+    gone = NodeAffinitySchedulingStrategy("0" * 56, soft=False)
+    places = iter([gone, "DEFAULT"])
+
+    def start(_: int) -> tuple[ActorHandle, ray.ObjectRef]:
+        actor = ray.remote(num_cpus=0, scheduling_strategy=next(places))(Answering).remote()
+        return actor, actor.ready.remote()
+
+    dispatcher: Dispatcher[Item, int] = Dispatcher(start, workers=1, timeout_s=120, max_attempts=3)
+    lost, done = dispatcher.run([[Item("1")]])
+    assert isinstance(lost, Lost) and isinstance(done, Done)
+
+
+def test_a_worker_that_is_killed_for_its_memory_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray's memory monitor does when the machine is full, which it is not here: the error is put in its place."""
+    monitored: list[Item] = []
+    given = Dispatcher._give
+
+    def killed_once(dispatcher: Dispatcher[Item, int], slot: dispatch._Slot[Item]) -> None:
+        given(dispatcher, slot)
+        if slot.batch and not monitored:
+            monitored.extend(slot.batch.items)
+            slot.answer = Future()
+            slot.answer.set_exception(OutOfMemoryError("Task was killed due to the node running low on memory."))
+
+    monkeypatch.setattr(Dispatcher, "_give", killed_once)
+
+    def start(_: int) -> tuple[ActorHandle, ray.ObjectRef]:
+        actor = ray.remote(num_cpus=0)(Answering).remote()
+        return actor, actor.ready.remote()
+
+    dispatcher: Dispatcher[Item, int] = Dispatcher(start, workers=1, timeout_s=120, max_attempts=3)
+    lost, done = dispatcher.run([[Item("1")]])
+    assert isinstance(lost, Lost) and "low on memory" in lost.reason
+    assert isinstance(done, Done) and done.items == monitored
 
 
 class Unable:
