@@ -1,4 +1,4 @@
-"""The command line, ``python -m trajectory_store ls|show|stats|verify|compact|export|import``; decides nothing."""
+"""The command line, ``python -m trajectory_store ls|rejects|show|stats|verify|compact|export|import``; no logic."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     many("ls", commands.ls, "list rounds with what they hold")
+
+    rejects = many("rejects", commands.rejects, "list the prompts given up on, each with its reason")
+    rejects.add_argument(
+        "--retry",
+        action="store_true",
+        help="forget them, so that the next collecting of the round tries them again; it must not be sealed",
+    )
 
     show = many("show", commands.show, "draw trajectories: iterates as rows, the accepted prefix coloured")
     show.add_argument("--id", action="append", default=[], metavar="PROMPT_ID", help="prompt to show (repeatable)")

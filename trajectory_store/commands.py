@@ -39,7 +39,10 @@ def existing_rounds(path: str) -> list[Round]:
         RoundNotFoundError: there is none.
     """
     named = named_round(path)
-    rounds = [named] if named and named.folder.entries() else [] if named else TrajectoryStore(path).rounds()
+    if named:
+        rounds = [named] if named.folder.entries() or named.folder.folders() else []  # one may consist of rejects
+    else:
+        rounds = TrajectoryStore(path).rounds()
     if not rounds:
         raise RoundNotFoundError(f"{without_secrets(path)} holds no rounds")
     return rounds
@@ -49,7 +52,8 @@ def ls(options: argparse.Namespace) -> Lines:
     for round_ in (r for path in options.paths for r in existing_rounds(path)):
         if not round_.is_sealed:
             ids, shards = round_.committed_ids(), round_.shard_names()
-            yield f"{round_.folder.path}  open    {len(ids):>8} rows  {len(shards):>5} shards", 0
+            rejects = len(round_.rejects())
+            yield f"{round_.folder.path}  open    {len(ids):>8} rows  {len(shards):>5} shards  {rejects} rejects", 0
             continue
         manifest = round_.manifest
         yield (
@@ -59,6 +63,18 @@ def ls(options: argparse.Namespace) -> Lines:
             f"{manifest.content_hash[:12]}",
             0,
         )
+
+
+def rejects(options: argparse.Namespace) -> Lines:
+    for round_ in (r for path in options.paths for r in existing_rounds(path)):
+        if options.retry:
+            round_.require_unsealed()
+        found = round_.rejects()
+        for prompt_id, reason in found.items():
+            yield f"{round_.folder.path}  {prompt_id}  {reason}", 0
+        if options.retry:
+            round_.forget_rejects(found)
+            yield f"{round_.folder.path}: {len(found)} are tried again when the round is collected", 0
 
 
 def show(options: argparse.Namespace) -> Lines:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -71,7 +71,7 @@ class Round:
     _known_ids: dict[str, pa.Array] = field(default_factory=dict, repr=False, compare=False)
     """Prompt ids of shards read before: a shard never changes, so asking again reads only new ones."""
     _known_rejects: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
-    """Prompt id and reason by file; a reject never changes either."""
+    """Prompt id and reason by file; a reject does not change, it is only forgotten."""
     _hashed: set[str] = field(default_factory=set, repr=False, compare=False)
     """Shards whose prompt ids are in ``_hashes``."""
     _hashes: set[int] = field(default_factory=set, repr=False, compare=False)
@@ -123,7 +123,7 @@ class Round:
             RoundSealedError: the round is sealed.
         """
         self.require_unsealed()
-        name = hashlib.blake2b(prompt_id.encode(), digest_size=16).hexdigest() + ".json"
+        name = _reject_name(prompt_id)
         record = json.dumps({"prompt_id": prompt_id, "reason": reason}, sort_keys=True) + "\n"
         self.folder.child(REJECTS_FOLDER).create(name, record.encode())
         withdraw_seal(self.folder)
@@ -142,6 +142,19 @@ class Round:
             except (ValueError, KeyError, TypeError) as error:
                 raise CorruptShardError(f"{folder.path_of(name)} is not a readable reject record ({error})") from error
         return dict(self._known_rejects[name] for name in names)
+
+    def forget_rejects(self, prompt_ids: Iterable[str]) -> None:
+        """Delete the records of prompts given up on, so that collecting the round tries them again.
+
+        Raises:
+            RoundSealedError: the round is sealed.
+        """
+        self.require_unsealed()
+        for prompt_id in prompt_ids:
+            name = _reject_name(prompt_id)
+            self.folder.child(REJECTS_FOLDER).delete(name)
+            self._known_rejects.pop(name, None)  # it may be given up on again, for another reason
+        withdraw_seal(self.folder)
 
     def committed_ids(self) -> PromptIds:
         """Prompt ids in all published shards, sealed or not; reads the id columns only.
@@ -278,6 +291,10 @@ class Round:
             raise InvalidNameError(f"provenance is of round {provenance.round_number}, this is round {self.number}")
         if not self.folder.create(PROVENANCE_NAME, (provenance.to_json() + "\n").encode()):
             self.provenance.require_same_origin(provenance, self.folder.path)
+
+
+def _reject_name(prompt_id: str) -> str:
+    return hashlib.blake2b(prompt_id.encode(), digest_size=16).hexdigest() + ".json"
 
 
 def _hash(prompt_id: str) -> int:

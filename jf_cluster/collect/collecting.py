@@ -110,7 +110,9 @@ def collect_round(
         if not folder.committed_ids():
             reasons = sorted(set(folder.rejects().values()))[:3]
             raise CollectError(
-                f"none of the {len(prompts)} prompts of round {round_number} could be decoded: {'; '.join(reasons)}"
+                f"none of the {len(prompts)} prompts of round {round_number} could be decoded: {'; '.join(reasons)}; "
+                "once the cause is removed, have them tried again: python -m trajectory_store rejects --retry "
+                f"{without_secrets(config.store_url)}/round-{round_number:03d}"
             )
         manifest = folder.seal(provenance)
         stage.tags({"store_hash": manifest.content_hash})

@@ -8,6 +8,10 @@ An item that brings its worker down takes the rest of its batch down with it. So
 and then into single items, until the culprit stands alone; an item that failed alone or ``max_attempts`` times is
 given up with its last reason. Items that merely shared the batch are redone in other batches.
 
+A worker may be what is broken, the GPU it has for instance; then it fails fast and is always there to take the next
+batch. So no item is given up before it failed in two places, where there are two; a place whose batches keep failing
+while those of others succeed gets no more of them; and where nothing at all succeeds the run ends.
+
 What an answer costs does not depend on the number of workers: Ray puts each into a queue as it comes, and all workers
 are looked at only once a second, for those that are late. Batches are made one ahead of the workers, so their number
 does not matter either.
@@ -28,7 +32,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
 from jf_cluster.messages import first_line, last_line
 from jf_cluster.stopping import raise_if_asked
@@ -38,6 +42,8 @@ logger = logging.getLogger(__name__)
 PARTS = 8
 POLL_S = 1.0
 SAVE_S = 20.0
+FAILURES = 3
+"""Batches that fail in a row before their place is suspected, and for each place before all are."""
 
 
 class Item(Protocol):
@@ -52,7 +58,7 @@ R = TypeVar("R")
 
 
 class DispatchError(RuntimeError):
-    """Workers cannot be started or kept alive; the message carries the last reason."""
+    """Workers cannot be started or kept alive, or none does its work; the message carries the last reason."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +98,12 @@ class GivenUp(Generic[T]):
 Event = Done[T, R] | Lost | GivenUp[T]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Batch(Generic[T]):
     items: Sequence[T]
     attempts: int = 0
+    failed_in: int | None = None
+    """Number of the slot in which it, or what it is a part of, failed last."""
 
 
 @dataclass
@@ -110,6 +118,14 @@ class _Slot(Generic[T]):
     held: dict[str, T] = field(default_factory=dict)
     finishing: bool = False
     idle: bool = False
+    started: bool = True
+    """False where the worker before could not be started and this one is not ready yet."""
+    retired: bool = False
+    """Its worker gets no batches; it stays, so that Ray gives what is broken to no other."""
+    failures: int = 0
+    """Batches that failed here in a row, by this worker and those before it."""
+    before: tuple[int, int] = (0, 0)
+    """Batches of all slots that were done, and that had failed, before these."""
 
 
 class Dispatcher(Generic[T, R]):
@@ -153,7 +169,12 @@ class Dispatcher(Generic[T, R]):
         self._queue: deque[_Batch[T]] = deque()
         """What comes next: what a lost worker held, and fresh batches."""
         self._failed: deque[_Batch[T]] = deque()
-        """Parts of failed batches, which come after all fresh ones."""
+        """Parts of failed batches, which come after all fresh ones once any batch succeeded."""
+        self._elsewhere: deque[_Batch[T]] = deque()
+        """Single items of which the next failure may be the last: for another slot, if there is one."""
+        self._given_up: deque[GivenUp[T]] = deque()
+        """Told when a batch has succeeded, so that it is known not to be the workers."""
+        self._done_batches = self._failed_batches = self._failed_items = 0
         self._failed_starts = 0
         self._largest = 1
         self.ready_after_s: float | None = None
@@ -163,7 +184,7 @@ class Dispatcher(Generic[T, R]):
         """Work through all batches; ends when every item is safe or given up.
 
         Raises:
-            DispatchError: workers cannot be started, or cannot take up their work or end it.
+            DispatchError: workers cannot be started, or cannot take up their work or end it, or all batches fail.
         """
         begun = time.monotonic()
         self._fresh = (_Batch(items) for items in batches)
@@ -172,7 +193,7 @@ class Dispatcher(Generic[T, R]):
                 self._append(batch)
                 self._slots.append(self._place(number))
             late_at = time.monotonic() + POLL_S
-            while self._more() or self._unsafe:
+            while self._more() or self._elsewhere or self._unsafe:
                 if self._stop.is_set():
                     raise KeyboardInterrupt
                 raise_if_asked()
@@ -183,14 +204,21 @@ class Dispatcher(Generic[T, R]):
                 else:
                     if self.ready_after_s is None:
                         self.ready_after_s = time.monotonic() - begun
-                    if slot is self._slots[slot.number]:  # else it was replaced before it answered
+                    if slot is self._slots[slot.number] and not slot.retired:  # else it was replaced before it answered
                         yield from self._take(slot)
+                while self._given_up and self._done_batches:
+                    yield self._given_up.popleft()
                 if time.monotonic() >= late_at:
                     yield from self._lose_late_ones()
                     late_at = time.monotonic() + POLL_S
                 while self._idle and self._more():
                     self._give(self._idle.popleft())
-        except (KeyboardInterrupt, GeneratorExit):  # the latter when it came while the caller had an event
+                for _ in range(len(self._idle) if self._elsewhere else 0):
+                    self._give(self._idle.popleft())
+            if self._is_hopeless():
+                raise self._hopeless(self._given_up[-1].reason)
+            yield from self._given_up
+        except BaseException:  # an interrupt that came while the caller had an event is GeneratorExit
             self._save()
             raise
         finally:
@@ -200,7 +228,9 @@ class Dispatcher(Generic[T, R]):
     def _more(self) -> bool:
         """Whether there is a batch to give out; makes the next one if need be."""
         if not self._queue:
-            if (fresh := next(self._fresh, None)) is not None:
+            if self._failed and not self._done_batches:  # parts of a batch tell soonest whether all of it is to blame
+                self._queue.append(self._failed.popleft())
+            elif (fresh := next(self._fresh, None)) is not None:
                 self._append(fresh)
             elif self._failed:
                 self._queue.append(self._failed.popleft())
@@ -231,6 +261,10 @@ class Dispatcher(Generic[T, R]):
         slot.idle = False
         if self._more():
             slot.batch = self._queue.popleft()
+        elif (batch := next((b for b in self._elsewhere if self._may_have(slot, b)), None)) is not None:
+            self._elsewhere.remove(batch)
+            slot.batch = batch
+        if slot.batch is not None:
             self._unsafe.add(slot.number)
             self._await(slot, slot.actor.run.remote(slot.batch.items))
         elif slot.held:
@@ -240,23 +274,23 @@ class Dispatcher(Generic[T, R]):
             slot.idle = True
             self._idle.append(slot)
 
+    def _may_have(self, slot: _Slot[T], batch: _Batch[T]) -> bool:
+        return slot.number != batch.failed_in or not self._has_others(slot)
+
+    def _has_others(self, slot: _Slot[T]) -> bool:
+        """Whether there are other slots that get batches; one for which there is no room at present is none."""
+        return any(other.started and not other.retired for other in self._slots if other.number != slot.number)
+
     def _lose_late_ones(self) -> Iterator[Event[T, R]]:
         for slot in list(self._slots):
             limit = self._timeout_s if slot.batch or slot.finishing else self._start_timeout_s
-            if not slot.idle and time.monotonic() - slot.since > limit:
+            if not slot.idle and not slot.retired and time.monotonic() - slot.since > limit:
                 yield from self._lose(slot, f"no answer within {limit:.0f} s")
 
     def _take(self, slot: _Slot[T]) -> Iterator[Event[T, R]]:
         """Fetch what a slot's finished task left: a report, safe ids, a worker's readiness, or a failure."""
         try:
             value = slot.answer.result()
-        except (RayActorError, WorkerCrashedError) as error:
-            if isinstance(error, ActorDiedError) and error.actor_init_failed:
-                raise DispatchError(f"a worker could not start: {last_line(error)}") from error
-            if isinstance(error, ActorUnavailableError):
-                logger.warning("worker %d does not answer: %s", slot.number, error)
-            yield from self._lose(slot, f"worker died: {first_line(error)}")
-            return
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, self._fatal):
@@ -270,9 +304,18 @@ class Dispatcher(Generic[T, R]):
             # The worker lives on, but what the failed batch left in it cannot be trusted.
             yield from self._lose(slot, f"{type(cause).__name__}: {first_line(cause)}")
             return
+        except RayError as error:  # not only RayActorError: of a worker killed for its memory it is OutOfMemoryError
+            if isinstance(error, ActorDiedError) and error.actor_init_failed:
+                raise DispatchError(f"a worker could not start: {last_line(error)}") from error
+            if isinstance(error, ActorUnavailableError):
+                logger.warning("worker %d does not answer: %s", slot.number, error)
+            yield from self._lose(slot, f"worker died: {first_line(error)}")
+            return
         batch, slot.batch, slot.finishing = slot.batch, None, False
-        self._failed_starts = 0
+        self._failed_starts, slot.started = 0, True
         if batch is not None:
+            self._done_batches += 1
+            slot.failures = 0
             slot.held.update((item.prompt_id, item) for item in batch.items)
         for safe in value.durable if batch is not None else value or ():
             slot.held.pop(safe, None)
@@ -285,7 +328,8 @@ class Dispatcher(Generic[T, R]):
     def _lose(self, slot: _Slot[T], reason: str) -> Iterator[Event[T, R]]:
         """Replace a slot's worker and put its work back: the failed batch in parts, the rest as it was."""
         ray.kill(slot.actor)
-        if slot.batch is None and not slot.finishing:
+        started = slot.batch is not None or slot.finishing
+        if not started:
             self._failed_starts += 1
             if self._failed_starts > self._max_attempts * self._workers:
                 raise DispatchError(f"workers keep failing while they start: {reason}")
@@ -294,18 +338,58 @@ class Dispatcher(Generic[T, R]):
         for start in range(0, len(held), self._largest):
             self._queue.appendleft(_Batch(held[start : start + self._largest]))
         self._unsafe.discard(slot.number)
-        self._slots[slot.number] = self._place(slot.number)
         if slot.batch is not None:
-            yield from self._split(slot.batch, reason)
+            self._count_failure(slot, slot.batch, reason)
+        new = self._slots[slot.number] = self._place(slot.number)
+        new.started, new.failures, new.before = started, slot.failures, slot.before
+        if self._is_to_blame(slot):
+            new.retired = True
+            logger.warning(
+                "worker %d gets no more batches: the last %d failed in its place while those of other workers "
+                "succeeded, so its GPU or machine may be broken; the last reason: %s",
+                *(slot.number, slot.failures, reason),
+            )
+        if slot.batch is not None:
+            self._split(slot, slot.batch, reason)
 
-    def _split(self, batch: _Batch[T], reason: str) -> Iterator[GivenUp[T]]:
-        attempts = batch.attempts + 1
-        if len(batch.items) == 1:
-            if attempts >= self._max_attempts:
-                yield GivenUp(batch.items[0], f"failed {attempts} times, the last time: {reason}")
-            else:
-                self._failed.append(_Batch(batch.items, attempts))
+    def _count_failure(self, slot: _Slot[T], batch: _Batch[T], reason: str) -> None:
+        if slot.failures == 0:
+            slot.before = self._done_batches, self._failed_batches
+        slot.failures += 1
+        self._failed_batches += 1
+        if batch.attempts == 0:
+            self._failed_items += len(batch.items)
+        counted = [other.failures > 0 for other in self._slots if other.started and not other.retired]
+        if self._is_hopeless() and 2 * sum(counted) > len(counted):  # else one that fails fast is ahead of the others
+            raise self._hopeless(reason)
+
+    def _is_hopeless(self) -> bool:
+        # A batch and all its eighths, at least; a few bad items that are all there is left to do are just given up.
+        enough = max(FAILURES * len(self._slots), 1 + PARTS)
+        failed = min(self._failed_batches, self._failed_items)
+        return not self._done_batches and failed >= enough and self._max_attempts > 1
+
+    def _hopeless(self, reason: str) -> DispatchError:
+        return DispatchError(
+            f"all of the first {self._failed_batches} batches failed, the last one with: {reason}; nothing is given up "
+            "for it: the same command carries on once the cause is removed, or with collect.max_attempts=1 if it is "
+            "what the batches hold"
+        )
+
+    def _is_to_blame(self, slot: _Slot[T]) -> bool:
+        """Whether its place is, not its batches: most of those that others had meanwhile succeeded."""
+        done, failed = self._done_batches - slot.before[0], self._failed_batches - slot.before[1] - slot.failures
+        return slot.failures >= FAILURES and done > failed and self._has_others(slot)
+
+    def _split(self, slot: _Slot[T], batch: _Batch[T], reason: str) -> None:
+        """Put the parts of a failed batch back; an item that failed alone often enough is given up."""
+        attempts, alone = batch.attempts + 1, len(batch.items) == 1
+        elsewhere_too = batch.failed_in not in (None, slot.number) or not self._has_others(slot)
+        if alone and attempts >= self._max_attempts and elsewhere_too:
+            self._given_up.append(GivenUp(batch.items[0], f"failed {attempts} times, the last time: {reason}"))
             return
-        size = 1 if attempts >= self._max_attempts - 1 else -(-len(batch.items) // PARTS)
+        last = attempts >= self._max_attempts - 1
+        size = 1 if last else -(-len(batch.items) // PARTS)
+        parts = self._elsewhere if last or alone else self._failed
         for start in range(0, len(batch.items), size):
-            self._failed.append(_Batch(batch.items[start : start + size], attempts))
+            parts.append(_Batch(batch.items[start : start + size], attempts, slot.number))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import pickle
 from collections.abc import Generator
 from pathlib import Path
@@ -23,6 +24,8 @@ from jf_cluster.tiny.problems import Split, problem
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
@@ -93,17 +96,31 @@ class DataSet:
     def blocks(self) -> Generator[tuple[Rows, list[str]]]:
         """As ``Source``; the order is that of ``datasets.Dataset.shuffle``.
 
+        Rows without a text are left out and counted in a warning.
+
         Raises:
             PromptsError: the column holds something else than text.
         """
         table = pickle.loads(self._table)
         order = np.random.default_rng(self._seed).permutation(self._count)
         order = order.astype(np.int32 if self._count < 1 << 31 else np.int64, copy=False)
-        start, size = 0, FIRST_BLOCK
-        while start < self._count:
-            rows = order[start : start + size]
-            yield rows, self._checked(_taken(table.column(0), rows))
-            start, size = start + size, min(2 * size, LARGEST_BLOCK)
+        start, size, without = 0, FIRST_BLOCK, 0
+        try:
+            while start < self._count:
+                rows = order[start : start + size]
+                texts = _taken(table.column(0), rows)
+                if None in texts:
+                    rows = rows[[text is not None for text in texts]]
+                    without += len(texts) - len(rows)
+                    texts = [text for text in texts if text is not None]
+                yield rows, self._checked(texts)
+                start, size = start + size, min(2 * size, LARGEST_BLOCK)
+        finally:
+            if without:
+                logger.warning(
+                    "%d of the %d rows of %s looked at are left out: column %r is empty there or no valid UTF-8",
+                    *(without, min(start + size, self._count), self._settings.source, self._settings.column),
+                )
 
     def read(self, rows: Rows) -> list[tuple[str, str | None]]:
         if self._open is None:
@@ -122,17 +139,31 @@ class DataSet:
 
 
 def _taken(column: pa.ChunkedArray, rows: Rows) -> list[object]:
-    """Values of some rows; Arrow's own ``take`` first copies a column that lies in several pieces as a whole."""
+    """Values of some rows, None where there is no valid one.
+
+    Arrow's own ``take`` first copies a column that lies in several pieces as a whole.
+    """
     order = np.argsort(rows, kind="stable")
     starts = np.cumsum([0, *map(len, column.chunks)])
     found: list[object] = [None] * len(rows)
     of_chunks = np.split(order, np.searchsorted(rows[order], starts[1:-1]))
     for chunk, start, places in zip(column.chunks, starts[:-1], of_chunks, strict=True):
         if len(places):
-            values = chunk.take(pa.array(rows[places] - start)).to_pylist()
+            values = _valid(chunk.take(pa.array(rows[places] - start)))
             for place, value in zip(places.tolist(), values, strict=True):
                 found[place] = value
     return found
+
+
+def _valid(values: pa.Array) -> list[object]:
+    """Values as Python's, None for text that is no valid UTF-8: Arrow reads that from JSON and Parquet unseen."""
+    try:
+        return cast("list[object]", values.to_pylist())
+    except UnicodeDecodeError:
+        if len(values) == 1:
+            return [None]
+        half = len(values) // 2
+        return _valid(values[:half]) + _valid(values[half:])
 
 
 def source_of(config: Config, split: Split) -> Source:
@@ -172,8 +203,11 @@ def read_dataset(source: str, subset: str | None, split: str, setting: str) -> d
             f"{source} ({setting}) is neither 'tiny', nor a .json, .jsonl or .parquet file, nor a data set that can be "
             f"reached: {error}"
         ) from error
-    except (DatasetGenerationError, pa.ArrowException, ConnectionError, ValueError) as error:
+    except (DatasetGenerationError, pa.ArrowException, ConnectionError, RuntimeError, ValueError) as error:
         if isinstance(error, PromptsError):
             raise
         reason = error.__cause__ or error
-        raise PromptsError(f"{source} ({setting}) cannot be read: {reason}") from error
+        raise PromptsError(
+            f"{source} ({setting}) cannot be read: {reason}; it may be a .json, .jsonl or .parquet file in UTF-8 or a "
+            "data set of the hub without a loading script"
+        ) from error

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from jf_cluster.collect.batches import batches_by_length
 from jf_cluster.collect.collecting import context_tokens
@@ -151,7 +151,9 @@ def _speeds(config: Config, round_number: int, prompts: Sequence[Prompt], crew: 
             timeout_s = config.collect.batch_timeout_s
             measured: Speeds = crew.ask(timeout_s, Evaluator, (config, round_number, ()), "speed", chosen)
             return measured
-        except (RayActorError, GetTimeoutError) as error:
+        except RayTaskError:  # what failed is the measuring, not the worker
+            raise
+        except RayError as error:
             logger.warning("measuring speed failed (%d of %d attempts): %s", attempt, attempts, error)
     raise EvaluateError(f"speed could not be measured: the worker failed {attempts} times")
 

@@ -19,6 +19,7 @@ from jf_cluster.models import end_ids, load_model, load_tokenizer, model_hash
 from tests.flow.conftest import chain_command, collected, run, small_config, stopped_when
 from tests.flow.faulty import Failing, FullDisk, HungOnce, KilledOnce, Poisoned
 from trajectory_store import ProvenanceMismatchError, TrajectoryStore
+from trajectory_store.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -188,9 +189,12 @@ def test_no_prompt_that_can_be_decoded_is_an_error(tmp_path: Path, base_model: P
     from jf_cluster.collect import CollectError
 
     config = small_config(tmp_path, base_model, collect__max_new_tokens=250)
-    with pytest.raises(CollectError, match="none of the 20 prompts"):
+    with pytest.raises(CollectError, match=r"none of the 20 prompts.*rejects --retry .*/store/round-001$") as raised:
         collected(config)
     assert not TrajectoryStore(config.store_url).round(1).is_sealed
+    assert main(str(raised.value).split("python -m trajectory_store ")[1].split()) == 0
+    config = small_config(tmp_path, base_model)
+    assert collected(config).rejects == 0
 
 
 def test_too_few_prompts_are_told_before_anything_starts(tmp_path: Path, base_model: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
+from ray.exceptions import OutOfMemoryError
 
+from jf_cluster.collect.crew import Crew
 from jf_cluster.collect.prompts import held_out_prompts
 from jf_cluster.config import Config
 from jf_cluster.evaluate import load_evaluation
@@ -152,6 +155,25 @@ def test_the_base_goes_first(tmp_path: Path, base_model: Path, other_model: Path
     shutil.copytree(other_model, config.model_dir(1))
     with pytest.raises(EvaluateError, match="base model is evaluated first"):
         evaluate_round(config, 1, Tracker.open(config))
+
+
+class OutOfMemoryOnce(Crew):
+    """Its first host that is asked for something is killed for its memory."""
+
+    asked = 0
+
+    def ask(self, *arguments: Any) -> Any:
+        self.asked += 1
+        if self.asked == 1:
+            raise OutOfMemoryError("Task was killed due to the node running low on memory.")
+        return super().ask(*arguments)
+
+
+def test_measuring_speed_goes_on_after_a_worker_was_killed_for_its_memory(tmp_path: Path, base_model: Path) -> None:
+    config = small_config(tmp_path, base_model, evaluate__speed_prompts=1)
+    crew = OutOfMemoryOnce(config)
+    assert evaluate_round(config, 0, Tracker.open(config), crew).ar.tps > 0 and crew.asked > 1
+    crew.dismiss()
 
 
 def test_a_model_that_lost_accuracy_is_marked(

@@ -152,6 +152,32 @@ def test_files_that_cannot_be_read(
         check_prompts(config, 1)
 
 
+def test_a_data_set_with_a_loading_script_is_refused(tmp_path: Path, base_model: Path) -> None:
+    source = tmp_path / "questions"
+    source.mkdir()
+    (source / "questions.py").write_text("")
+    config = small_config(tmp_path / "runs", base_model, prompts={"source": str(source)})
+    with pytest.raises(PromptsError, match=r"questions \(prompts.source\) cannot be read: .*without a loading script"):
+        check_prompts(config, 1)
+
+
+def test_rows_without_a_text_are_left_out_and_counted(
+    tmp_path: Path, base_model: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others keep their order and ids."""
+    texts: list[str | None] = [None if i % 40 == 7 else text for i, text in enumerate(TEXTS)]
+    config = written(tmp_path, base_model, [{"question": t} for t in texts])
+    lines = Path(config.prompts.source).read_bytes().split(b"\n")
+    lines[0] = b'{"question": "caf\xe9"}'
+    Path(config.prompts.source).write_bytes(b"\n".join(lines))
+    found = load_prompts(config, tokenizer, 1)
+    shuffled = datasets.Dataset.from_dict({"question": [None, *texts[1:]]}).shuffle(seed=config.seed)["question"]
+    expected = [text for text in shuffled if text is not None and split_of(text) == "train"]
+    assert [p.text for p in found] == expected[:50] and found.ids().to_pylist() == [p.prompt_id for p in found]
+    (message,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert message.startswith("11 of the 400 rows of") and "questions.jsonl" in message and "'question'" in message
+
+
 def test_a_parquet_file_without_rows(tmp_path: Path, base_model: Path) -> None:
     pq.write_table(pa.table({"question": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     config = small_config(tmp_path / "runs", base_model, prompts={"source": str(tmp_path / "empty.parquet")})

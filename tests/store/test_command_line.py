@@ -34,8 +34,28 @@ def test_ls(path: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_ls_of_an_open_round(round_: Round, provenance: Provenance, capsys: pytest.CaptureFixture[str]) -> None:
     with round_.writer(provenance) as writer:
         writer.append(make_trajectory("a"))
+    round_.reject("x", "too long")
     assert main(["ls", str(Path(round_.folder.path))]) == 0
-    assert "open" in capsys.readouterr().out
+    line = capsys.readouterr().out
+    assert "open" in line and "1 rows" in line and "1 rejects" in line
+
+
+def test_rejects_are_shown_and_tried_again(
+    round_: Round, provenance: Provenance, capsys: pytest.CaptureFixture[str]
+) -> None:
+    round_.reject("x", "too long")
+    round_.reject("y", "worker died")
+    path = round_.folder.path
+    for arguments in (["rejects", path], ["rejects", path, "--retry"]):
+        assert round_.rejects().keys() == {"x", "y"}
+        assert main(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert set(lines[:2]) == {f"{path}  x  too long", f"{path}  y  worker died"}
+    assert lines[2] == f"{path}: 2 are tried again when the round is collected" and round_.rejects() == {}
+    round_.reject("x", "still too long")
+    round_.seal(provenance)
+    assert main(["rejects", path, "--retry"]) == 2
+    assert "is sealed" in capsys.readouterr().err and round_.rejects().keys() == {"x"}
 
 
 def test_show(path: str, capsys: pytest.CaptureFixture[str]) -> None:
