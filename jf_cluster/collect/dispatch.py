@@ -34,6 +34,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
+from jf_cluster.collect.failures import Failures, Place
 from jf_cluster.messages import first_line, last_line
 from jf_cluster.stopping import raise_if_asked
 
@@ -42,8 +43,6 @@ logger = logging.getLogger(__name__)
 PARTS = 8
 POLL_S = 1.0
 SAVE_S = 20.0
-FAILURES = 3
-"""Batches that fail in a row before their place is suspected, and for each place before all are."""
 
 
 class Item(Protocol):
@@ -122,10 +121,7 @@ class _Slot(Generic[T]):
     """False where the worker before could not be started and this one is not ready yet."""
     retired: bool = False
     """Its worker gets no batches; it stays, so that Ray gives what is broken to no other."""
-    failures: int = 0
-    """Batches that failed here in a row, by this worker and those before it."""
-    before: tuple[int, int] = (0, 0)
-    """Batches of all slots that were done, and that had failed, before these."""
+    place: Place = field(default_factory=Place)
 
 
 class Dispatcher(Generic[T, R]):
@@ -174,7 +170,7 @@ class Dispatcher(Generic[T, R]):
         """Single items of which the next failure may be the last: for another slot, if there is one."""
         self._given_up: deque[GivenUp[T]] = deque()
         """Told when a batch has succeeded, so that it is known not to be the workers."""
-        self._done_batches = self._failed_batches = self._failed_items = 0
+        self._failures = Failures(workers, PARTS)
         self._failed_starts = 0
         self._largest = 1
         self.ready_after_s: float | None = None
@@ -206,7 +202,7 @@ class Dispatcher(Generic[T, R]):
                         self.ready_after_s = time.monotonic() - begun
                     if slot is self._slots[slot.number] and not slot.retired:  # else it was replaced before it answered
                         yield from self._take(slot)
-                while self._given_up and self._done_batches:
+                while self._given_up and self._failures.done:
                     yield self._given_up.popleft()
                 if time.monotonic() >= late_at:
                     yield from self._lose_late_ones()
@@ -215,8 +211,8 @@ class Dispatcher(Generic[T, R]):
                     self._give(self._idle.popleft())
                 for _ in range(len(self._idle) if self._elsewhere else 0):
                     self._give(self._idle.popleft())
-            if self._is_hopeless():
-                raise self._hopeless(self._given_up[-1].reason)
+            if self._given_up:
+                self._end_if_all_fail(self._given_up[-1].reason)
             yield from self._given_up
         except BaseException:  # an interrupt that came while the caller had an event is GeneratorExit
             self._save()
@@ -228,7 +224,7 @@ class Dispatcher(Generic[T, R]):
     def _more(self) -> bool:
         """Whether there is a batch to give out; makes the next one if need be."""
         if not self._queue:
-            if self._failed and not self._done_batches:  # parts of a batch tell soonest whether all of it is to blame
+            if self._failed and not self._failures.done:  # parts of a batch tell soonest whether all of it is to blame
                 self._queue.append(self._failed.popleft())
             elif (fresh := next(self._fresh, None)) is not None:
                 self._append(fresh)
@@ -314,8 +310,7 @@ class Dispatcher(Generic[T, R]):
         batch, slot.batch, slot.finishing = slot.batch, None, False
         self._failed_starts, slot.started = 0, True
         if batch is not None:
-            self._done_batches += 1
-            slot.failures = 0
+            self._failures.succeeded(slot.place)
             slot.held.update((item.prompt_id, item) for item in batch.items)
         for safe in value.durable if batch is not None else value or ():
             slot.held.pop(safe, None)
@@ -339,47 +334,29 @@ class Dispatcher(Generic[T, R]):
             self._queue.appendleft(_Batch(held[start : start + self._largest]))
         self._unsafe.discard(slot.number)
         if slot.batch is not None:
-            self._count_failure(slot, slot.batch, reason)
+            self._failures.count(slot.place, len(slot.batch.items) if slot.batch.attempts == 0 else 0)
+            failing = [other.place.failures > 0 for other in self._slots if other.started and not other.retired]
+            if 2 * sum(failing) > len(failing):  # else one that fails fast is ahead of the others
+                self._end_if_all_fail(reason)
         new = self._slots[slot.number] = self._place(slot.number)
-        new.started, new.failures, new.before = started, slot.failures, slot.before
-        if self._is_to_blame(slot):
+        new.started, new.place = started, slot.place
+        if self._failures.suspect(slot.place) and self._has_others(slot):
             new.retired = True
             logger.warning(
                 "worker %d gets no more batches: the last %d failed in its place while those of other workers "
                 "succeeded, so its GPU or machine may be broken; the last reason: %s",
-                *(slot.number, slot.failures, reason),
+                *(slot.number, slot.place.failures, reason),
             )
         if slot.batch is not None:
             self._split(slot, slot.batch, reason)
 
-    def _count_failure(self, slot: _Slot[T], batch: _Batch[T], reason: str) -> None:
-        if slot.failures == 0:
-            slot.before = self._done_batches, self._failed_batches
-        slot.failures += 1
-        self._failed_batches += 1
-        if batch.attempts == 0:
-            self._failed_items += len(batch.items)
-        counted = [other.failures > 0 for other in self._slots if other.started and not other.retired]
-        if self._is_hopeless() and 2 * sum(counted) > len(counted):  # else one that fails fast is ahead of the others
-            raise self._hopeless(reason)
-
-    def _is_hopeless(self) -> bool:
-        # A batch and all its eighths, at least; a few bad items that are all there is left to do are just given up.
-        enough = max(FAILURES * len(self._slots), 1 + PARTS)
-        failed = min(self._failed_batches, self._failed_items)
-        return not self._done_batches and failed >= enough and self._max_attempts > 1
-
-    def _hopeless(self, reason: str) -> DispatchError:
-        return DispatchError(
-            f"all of the first {self._failed_batches} batches failed, the last one with: {reason}; nothing is given up "
-            "for it: the same command carries on once the cause is removed, or with collect.max_attempts=1 if it is "
-            "what the batches hold"
-        )
-
-    def _is_to_blame(self, slot: _Slot[T]) -> bool:
-        """Whether its place is, not its batches: most of those that others had meanwhile succeeded."""
-        done, failed = self._done_batches - slot.before[0], self._failed_batches - slot.before[1] - slot.failures
-        return slot.failures >= FAILURES and done > failed and self._has_others(slot)
+    def _end_if_all_fail(self, reason: str) -> None:
+        if self._failures.total and self._max_attempts > 1:
+            raise DispatchError(
+                f"all of the first {self._failures.failed} batches failed, the last one with: {reason}; nothing is "
+                "given up for it: the same command carries on once the cause is removed, or with "
+                "collect.max_attempts=1 if it is what the batches hold"
+            )
 
     def _split(self, slot: _Slot[T], batch: _Batch[T], reason: str) -> None:
         """Put the parts of a failed batch back; an item that failed alone often enough is given up."""
