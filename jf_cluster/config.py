@@ -87,7 +87,7 @@ class PromptsConfig(Section):
     split: str = "train"
     """Split of a Hugging Face data set."""
     column: str = "question"
-    """Column that holds the prompt text."""
+    """Column that holds the prompt: a text, or a list of messages with ``role`` and ``content``."""
     answer_column: str | None = None
     """Column that holds the reference answer, where a grader needs one."""
     template: Template = "auto"

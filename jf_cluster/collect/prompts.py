@@ -15,10 +15,11 @@ from typing import overload
 
 import numpy as np
 import pyarrow as pa
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from jf_cluster.collect.sources import PromptsError, Rows, Source, source_of
+from jf_cluster.collect.sources import Conversation, PromptsError, Rows, Source, source_of
 from jf_cluster.config import Config, PromptsConfig, Template
 from jf_cluster.tiny.problems import HELD_OUT_BYTES, Split
 
@@ -34,13 +35,15 @@ class Prompt:
     """A prompt as the model is given it.
 
     ``prompt_id`` is a digest of the text, so one text is one prompt wherever it stands in the data; ``tokens`` int32
-    [P], the chat template included; ``answer`` is the reference answer where the source has one.
+    [P], the chat template included; ``answer`` is the reference answer where the source has one; ``refused`` is why the
+    chat template does not take it.
     """
 
     prompt_id: str
     tokens: np.ndarray
     text: str
     answer: str | None
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -232,18 +235,32 @@ def in_chat(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
 
 
 def tokenized(text: str, answer: str | None, tokenizer: PreTrainedTokenizerBase, template: Template) -> Prompt:
-    """Give a text as the prompt that the model gets; errors as ``in_chat``."""
+    """Give a text, or a conversation, as the prompt that the model gets.
+
+    Raises:
+        PromptsError: as ``in_chat``; a conversation for a model that is not prompted in a chat template.
+    """
+    ids, refused = [], None
     if in_chat(tokenizer, template):
-        messages = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        messages = text.messages() if isinstance(text, Conversation) else [{"role": "user", "content": text}]
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except TemplateError as error:  # roles it does not know, or their order
+            refused = f"the model's chat template refuses it: {error}"
+    elif isinstance(text, Conversation):
+        raise PromptsError(
+            "prompts.column holds messages, which need a tokenizer with a chat template and template=chat"
+        )
     else:
         ids = tokenizer(text)["input_ids"]
     prompt_id = hashlib.sha256(text.encode()).digest()[:ID_BYTES].hex()
-    return Prompt(prompt_id, np.asarray(ids, dtype=np.int32), text, answer)
+    return Prompt(prompt_id, np.asarray(ids, dtype=np.int32), text, answer, refused)
 
 
 def unusable(prompt: Prompt, context_tokens: int, max_new_tokens: int) -> str | None:
     """Say why the model cannot answer a prompt, or None when it can."""
+    if prompt.refused is not None:
+        return prompt.refused
     if not prompt.text.strip() or len(prompt.tokens) == 0:
         return "empty prompt"
     if len(prompt.tokens) + max_new_tokens > context_tokens:

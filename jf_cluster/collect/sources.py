@@ -42,6 +42,14 @@ class PromptsError(ValueError):
     """The prompts a configuration asks for cannot be had; the message says what is wrong and what to change."""
 
 
+class Conversation(str):
+    """Messages up to the last one of the user, as JSON: a list of objects with ``role`` and ``content``."""
+
+    def messages(self) -> list[dict[str, str]]:
+        found: list[dict[str, str]] = json.loads(self)
+        return found
+
+
 class Source(Protocol):
     """Texts by row number."""
 
@@ -96,10 +104,10 @@ class DataSet:
     def blocks(self) -> Generator[tuple[Rows, list[str]]]:
         """As ``Source``; the order is that of ``datasets.Dataset.shuffle``.
 
-        Rows without a text are left out and counted in a warning.
+        Rows without a text, or without a message of the user, are left out and counted in a warning.
 
         Raises:
-            PromptsError: the column holds something else than text.
+            PromptsError: the column holds something else than texts and lists of messages.
         """
         table = pickle.loads(self._table)
         order = np.random.default_rng(self._seed).permutation(self._count)
@@ -108,7 +116,7 @@ class DataSet:
         try:
             while start < self._count:
                 rows = order[start : start + size]
-                texts = _taken(table.column(0), rows)
+                texts = [_asked(value) for value in _taken(table.column(0), rows)]
                 if None in texts:
                     rows = rows[[text is not None for text in texts]]
                     without += len(texts) - len(rows)
@@ -118,7 +126,8 @@ class DataSet:
         finally:
             if without:
                 logger.warning(
-                    "%d of the %d rows of %s looked at are left out: column %r is empty there or no valid UTF-8",
+                    "%d of the %d rows of %s looked at are left out: column %r has no text there, no message "
+                    "of a user or no valid UTF-8",
                     *(without, min(start + size, self._count), self._settings.source, self._settings.column),
                 )
 
@@ -127,15 +136,27 @@ class DataSet:
             self._open = pickle.loads(self._table)
         texts, *answers = (_taken(self._open.column(name), rows) for name in self._columns)
         known = map(_as_text, answers[0]) if answers else itertools.repeat(None)
-        return list(zip(self._checked(texts), known, strict=False))
+        return list(zip(self._checked([_asked(value) for value in texts]), known, strict=False))
 
     def _checked(self, texts: list[object]) -> list[str]:
         for text in texts:
             if not isinstance(text, str):
                 raise PromptsError(
-                    f"column {self._settings.column!r} of {self._settings.source} holds {type(text).__name__}, not text"
+                    f"column {self._settings.column!r} of {self._settings.source} holds {type(text).__name__}, neither "
+                    "text nor messages with role and content"
                 )
         return cast("list[str]", texts)
+
+
+def _asked(value: object) -> object:
+    """What is asked: a text as it is, of messages those up to the user's last one, None where there is none."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        return value
+    messages = [{"role": message.get("role"), "content": message.get("content")} for message in value]
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    whole = messages and all(isinstance(text, str) for message in messages for text in message.values())
+    return Conversation(json.dumps(messages, ensure_ascii=False)) if whole else None
 
 
 def _taken(column: pa.ChunkedArray, rows: Rows) -> list[object]:

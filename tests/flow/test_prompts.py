@@ -14,7 +14,14 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from jf_cluster.collect import sources
-from jf_cluster.collect.prompts import PromptsError, check_prompts, held_out_prompts, load_prompts
+from jf_cluster.collect.prompts import (
+    PromptsError,
+    check_prompts,
+    held_out_prompts,
+    load_prompts,
+    tokenized,
+    unusable,
+)
 from jf_cluster.config import Config
 from jf_cluster.models import load_tokenizer
 from jf_cluster.tiny.pretrain import encode
@@ -122,7 +129,7 @@ def test_plain_prompts_have_no_template(tmp_path: Path, base_model: Path, tokeni
         ([{"question": t} for t in TEXTS[:20]], {}, "needs 150 distinct training prompts"),
         ([{"question": t} for t in TEXTS[:20]], {"fresh": False}, "needs 50 distinct training prompts"),
         ([{"question": t} for t in TEXTS], {"held_out": 200}, "prompts.held_out asks for 200"),
-        ([{"question": i} for i in range(400)], {}, "holds int, not text"),
+        ([{"question": i} for i in range(400)], {}, "holds int, neither text nor messages"),
     ],
 )
 def test_prompts_that_cannot_be_had(
@@ -176,6 +183,41 @@ def test_rows_without_a_text_are_left_out_and_counted(
     assert [p.text for p in found] == expected[:50] and found.ids().to_pylist() == [p.prompt_id for p in found]
     (message,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert message.startswith("11 of the 400 rows of") and "questions.jsonl" in message and "'question'" in message
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_conversations_are_prompted_up_to_the_users_last_message(
+    tmp_path: Path, base_model: Path, tokenizer: PreTrainedTokenizerBase, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = [
+        [
+            {"role": "user", "content": "Hello\u2028!"},
+            {"role": "assistant", "content": "Yes?"},
+            {"role": "user", "content": t},
+        ]
+        for t in TEXTS
+    ]
+    rows = [{"messages": [*messages, {"role": "assistant", "content": "so"}]} for messages in asked]
+    rows.insert(7, {"messages": [{"role": "assistant", "content": "nobody asked"}]})
+    config = written(tmp_path, base_model, rows, kind, column="messages")
+    prompts = load_prompts(config, tokenizer, 1)[:]
+    for prompt in prompts:
+        messages = json.loads(prompt.text)
+        assert messages in asked
+        given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert prompt.tokens.tolist() == given and unusable(prompt, 10**6, 1) is None
+    assert len({p.prompt_id for p in prompts}) == 50
+    with pytest.raises(PromptsError, match="need a tokenizer with a chat template"):
+        load_prompts(written(tmp_path, base_model, rows, kind, column="messages", template="plain"), tokenizer, 1)[0]
+    check_prompts(written(tmp_path, base_model, rows, kind, column="messages", per_round=370), 1)
+    assert "1 of the 401 rows" in caplog.text
+
+
+def test_a_conversation_that_the_template_refuses_is_rejected_with_its_reason(tmp_path: Path, base_model: Path) -> None:
+    tokenizer = load_tokenizer(small_config(tmp_path, base_model))
+    tokenizer.chat_template = "{{ raise_exception('no tools here') }}"
+    prompt = tokenized("Hello", None, tokenizer, "chat")
+    assert unusable(prompt, 10**6, 1) == "the model's chat template refuses it: no tools here"
 
 
 def test_a_parquet_file_without_rows(tmp_path: Path, base_model: Path) -> None:
