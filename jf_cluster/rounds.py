@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from jf_cluster.cluster import connected, joined_cluster
 from jf_cluster.collect import collect_round
 from jf_cluster.collect.crew import Crew
+from jf_cluster.collect.prompts import pin
 from jf_cluster.config import Config, ConfigError, load_config
 from jf_cluster.dashboard import show
 from jf_cluster.evaluate import load_evaluation
@@ -208,7 +209,7 @@ def opened(config: Config, typed: Typed | None = None, *, any_task: bool = False
     Raises:
         ConfigError: the run was begun with settings that would give other results.
         RunBusyError: another process works on it.
-        PreflightError, ModelError, PromptsError: something it needs is missing.
+        PreflightError, ModelError, PromptsError: something it needs is missing, or the prompts are no longer the same.
         ClusterError: Ray cannot be reached or is too small.
     """
     typed = typed or Typed()
@@ -222,6 +223,7 @@ def opened(config: Config, typed: Typed | None = None, *, any_task: bool = False
         Tracker.open(own) as tracker,
         ExitStack() as ray,
     ):
+        pin(own)
         tracker.close_abandoned()
         drop_leftovers(own)
         yield Rounds(own, config, tracker, ray, typed)

@@ -8,6 +8,7 @@ of millions: what is kept of each is its row number, 12 bytes of its digest and 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from jf_cluster.collect.sources import Conversation, PromptsError, Rows, Source, source_of
+from jf_cluster.collect.sources import Conversation, DataSet, PromptsError, Rows, Source, source_of
 from jf_cluster.config import Config, PromptsConfig, Template
 from jf_cluster.tiny.problems import HELD_OUT_BYTES, Split
+from jf_cluster.whole_files import write_whole
 
 ID_BYTES = 12
 """Leading bytes of a text's digest that are its prompt's id, in hexadecimal."""
@@ -146,6 +148,32 @@ def check_prompts(config: Config, last_round: int) -> None:
         raise _too_few(settings, last_round, found["train"])
     if found["heldout"] < needed["heldout"]:
         raise _too_few_held_out(settings, found["heldout"])
+
+
+def pin(config: Config) -> None:
+    """Note what the prompts' source holds when a run begins; another one later would share prompts between rounds.
+
+    Noted are the number of rows, which decides their order, and a digest of the first texts in that order.
+
+    Raises:
+        PromptsError: it holds something else than when the run was begun, or cannot be read.
+    """
+    if config.prompts.source == "tiny":
+        return
+    source = DataSet(config)
+    with closing(source.blocks()) as blocks:
+        _, texts = next(blocks)
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    now = {"source": config.prompts.source, "rows": source.count, "first_texts": digest}
+    path = config.run_dir / "prompts.json"
+    before = json.loads(path.read_text()) if path.is_file() else now
+    if before["rows"] != now["rows"] or before["first_texts"] != now["first_texts"]:
+        rows = f"{before['rows']} rows" if before["rows"] != now["rows"] else "other texts"
+        raise PromptsError(
+            f"{config.prompts.source} has changed: it had {rows} when the run in {config.run_dir} was begun, and has "
+            f"{now['rows']} rows now. Its rounds would share prompts: put it back, or start another run (name=other)"
+        )
+    write_whole(path, json.dumps(now, indent=1) + "\n")
 
 
 def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -95,7 +95,7 @@ class DataSet:
                 )
         if len(data) == 0:
             raise PromptsError(f"{settings.source} has no rows")
-        self._settings, self._seed, self._count = settings, config.seed, len(data)
+        self._settings, self._seed, self.count = settings, config.seed, len(data)
         self._columns = [settings.column] + ([settings.answer_column] if settings.answer_column else [])
         # Where the table's files are; each pass over it maps them anew, so that the pages it has read are given back.
         self._table = pickle.dumps(data.data.select(self._columns))
@@ -110,11 +110,11 @@ class DataSet:
             PromptsError: the column holds something else than texts and lists of messages.
         """
         table = pickle.loads(self._table)
-        order = np.random.default_rng(self._seed).permutation(self._count)
-        order = order.astype(np.int32 if self._count < 1 << 31 else np.int64, copy=False)
+        order = np.random.default_rng(self._seed).permutation(self.count)
+        order = order.astype(np.int32 if self.count < 1 << 31 else np.int64, copy=False)
         start, size, without = 0, FIRST_BLOCK, 0
         try:
-            while start < self._count:
+            while start < self.count:
                 rows = order[start : start + size]
                 texts = [_asked(value) for value in _taken(table.column(0), rows)]
                 if None in texts:
@@ -128,7 +128,7 @@ class DataSet:
                 logger.warning(
                     "%d of the %d rows of %s looked at are left out: column %r has no text there, no message "
                     "of a user or no valid UTF-8",
-                    *(without, min(start + size, self._count), self._settings.source, self._settings.column),
+                    *(without, min(start + size, self.count), self._settings.source, self._settings.column),
                 )
 
     def read(self, rows: Rows) -> list[tuple[str, str | None]]:

@@ -19,6 +19,7 @@ from jf_cluster.collect.prompts import (
     check_prompts,
     held_out_prompts,
     load_prompts,
+    pin,
     tokenized,
     unusable,
 )
@@ -78,6 +79,19 @@ def test_fresh_rounds_share_no_prompt(tmp_path: Path, base_model: Path, tokenize
         assert all(len(ids) == 50 for ids in rounds) and len(set().union(*rounds)) == 150
     same = written(tmp_path, base_model, [{"question": t} for t in TEXTS], fresh=False)
     assert [p.text for p in load_prompts(same, tokenizer, 1)] == [p.text for p in load_prompts(same, tokenizer, 2)]
+
+
+def test_a_run_keeps_to_the_prompts_it_was_begun_with(tmp_path: Path, base_model: Path) -> None:
+    rows = [{"question": t} for t in TEXTS]
+    config = written(tmp_path, base_model, rows)
+    config.run_dir.mkdir(parents=True)
+    for _ in range(2):
+        pin(config)
+    with pytest.raises(PromptsError, match=r"it had 400 rows when the run .* was begun, and has 401 rows now"):
+        pin(written(tmp_path, base_model, [*rows, {"question": "Why?"}]))
+    with pytest.raises(PromptsError, match="it had other texts when"):
+        pin(written(tmp_path, base_model, [{"question": f"{t}!"} for t in TEXTS]))
+    pin(written(tmp_path, base_model, rows))
 
 
 def test_a_text_that_comes_twice_is_one_prompt(
