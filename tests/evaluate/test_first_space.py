@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from jf_cluster.collect.crew import WorkerModels
 from jf_cluster.collect.prompts import Prompt, tokenized
-from jf_cluster.collect.worker import Collector
 from jf_cluster.config import Config
 from jf_cluster.evaluate.graders.code import CodeReference, is_right
 from jf_cluster.evaluate.worker import Evaluator
@@ -19,10 +18,10 @@ from jf_cluster.inference.files import Task, respond
 from jf_cluster.inference.loaded import Loaded, Settings
 from jf_cluster.jacobi.drafts import Drafting
 from jf_cluster.jacobi.sampling import GREEDY
-from jf_cluster.models import load_model, load_tokenizer, model_hash
+from jf_cluster.models import load_model, load_tokenizer
+from tests.evaluate.conftest import collector_of_round_2
 from tests.flow.conftest import small_config
 from tests.jacobi.conftest import llama_tokenizer
-from trajectory_store import Provenance
 
 SAME = 'def f(x):\n    """Same."""\n'
 REFERENCE = CodeReference("assert f(3) == 3", SAME, "f")
@@ -66,26 +65,14 @@ def test_an_evaluated_answer_keeps_it(config: Config, prompt: Prompt) -> None:
 
 
 def test_a_collected_response_is_graded_with_it(config: Config, prompt: Prompt) -> None:
-    provenance = Provenance(
-        model_hash=model_hash(config.model_dir(1)),
-        tokenizer_hash="x",
-        block_size=8,
-        seed=0,
-        round_number=2,
-        code_version="0",
-        config={},
-    )
-    collector = Collector(config, 2, provenance, "writer", WorkerModels(config))
-    ((response, _),) = filter(None, collector._own([prompt], [0]))
+    ((response, _),) = filter(None, collector_of_round_2(config)._own([prompt], [0]))
     assert response.tokens.tolist() == [3, 4, 5, 1]
 
 
 def test_an_answer_is_shown_with_it(config: Config, prompt: Prompt) -> None:
     loaded = Loaded(load_model(config, 0), load_tokenizer(config), (1,))
-    settings, ids = (
-        Settings(Drafting("jacobi", 8), GREEDY, max_new_tokens=8, stop=("  return",)),
-        prompt.tokens.tolist(),
-    )
+    settings = Settings(Drafting("jacobi", 8), GREEDY, max_new_tokens=8, stop=("  return",))
+    ids = prompt.tokens.tolist()
     ((_, row),) = respond(loaded, [Task(1, {}, ids)], settings, batch=1)
     assert row["response"] == "  " == "".join(run.text for run in answers(loaded, ids, settings))
 

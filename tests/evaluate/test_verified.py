@@ -6,29 +6,18 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from jf_cluster.collect.crew import WorkerModels
 from jf_cluster.collect.prompts import load_prompts
-from jf_cluster.collect.worker import Collector
 from jf_cluster.config import TINY_BASE
-from jf_cluster.models import load_tokenizer, model_hash
+from jf_cluster.models import load_tokenizer
+from tests.evaluate.conftest import collector_of_round_2
 from tests.flow.conftest import small_config
-from trajectory_store import Provenance
 
 
 def test_the_base_writes_what_the_model_gets_wrong(tmp_path: Path) -> None:
     changes = {"prompts__per_round": 4, "collect__responses": "verified", "collect__max_new_tokens": 200}
     config = small_config(tmp_path, TINY_BASE, **changes)
     shutil.copytree(TINY_BASE, config.model_dir(1))  # the shipped model, which is nearly always right
-    provenance = Provenance(
-        model_hash=model_hash(config.model_dir(1)),
-        tokenizer_hash="x",
-        block_size=8,
-        seed=0,
-        round_number=2,
-        code_version="0",
-        config={},
-    )
-    collector = Collector(config, 2, provenance, "writer", WorkerModels(config))
+    collector = collector_of_round_2(config)
     prompts = load_prompts(config, load_tokenizer(config), 2)
     prompts = [replace(p, answer="-1") if n % 2 else p for n, p in enumerate(prompts)]
     own = collector._own(prompts, list(range(4)))
