@@ -4,32 +4,36 @@ Ours (``one_pass``) writes the responses and their trajectories in the same forw
 model writes. Where another model has written, all blocks of all responses iterate at the same time (``trajectories``);
 ``two_stages`` is that after the batched AR generation (``generation``). What the trajectories cost is what they add to
 the generation alone: ``ratio_trajectories_vs_generation``.
+
+Both sides compute in the type the tiny model's weights are stored in, bfloat16, where the processor multiplies it in
+hardware, and again in float32 (``_float32``), where all of them must find the same trajectories.
 """
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
+import torch
 
 from bench import published, tiny_inputs
-from bench.measure import alternate, busy_clock, median, parser, ratio, report, use_threads
+from bench.measure import Value, alternate, busy_clock, median, parser, ratio, report, use_threads
 from jf_cluster.jacobi.one_pass import respond_and_trace
 from jf_cluster.jacobi.responses import Response, generate_responses
 from jf_cluster.jacobi.traces import Trace
 from jf_cluster.jacobi.trajectories import trace
 
 
-def main() -> None:
-    p = parser(__doc__ or "")
-    p.add_argument("--model", default=tiny_inputs.default_model())
-    p.add_argument("--prompts", type=int, default=64)
-    p.add_argument("--published-prompts", type=int, default=8, help="the published side handles this many of them")
-    p.add_argument("--block-size", type=int, default=16)
-    p.add_argument("--max-new-tokens", type=int, default=192)
-    p.add_argument("--forward-tokens", type=int, default=2048, help="most tokens of one forward while iterating")
-    p.set_defaults(repeats=3)
-    args = p.parse_args()
-    use_threads(args.threads)
-    model = tiny_inputs.load(args.model, args.device)
+def dtypes(device: str) -> list[str]:
+    """Types to measure in; the first one's figures have the plain names."""
+    if device == "cuda":
+        return ["bfloat16"]
+    fast = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return ["bfloat16", "float32"] if fast else ["float32"]
+
+
+def measure(args: argparse.Namespace, dtype: str) -> dict[str, Value]:
+    model = tiny_inputs.load(args.model, args.device, getattr(torch, dtype))
     prompts, end = tiny_inputs.prompts(args.model, args.prompts)
     keys = range(len(prompts))
     responses = generate_responses(model, prompts, max_new_tokens=args.max_new_tokens, end_ids=[end])
@@ -71,7 +75,7 @@ def main() -> None:
     one, alone = seconds["one_pass"], seconds["generation"]
     staged = [g + t for g, t in zip(alone, seconds["trajectories"], strict=True)]
     their_s = [s * args.prompts / args.published_prompts for s in seconds["published"]]
-    figures = {
+    return {
         "ratio_collect_vs_published": ratio(their_s, one),
         "ratio_trajectories_vs_generation": ratio([o - g for o, g in zip(one, alone, strict=True)], alone),
         "ratio_two_stages_vs_published": ratio(their_s, staged),
@@ -88,7 +92,28 @@ def main() -> None:
         "median_s_generation": median(alone),
         "median_s_trajectories": median(seconds["trajectories"]),
         "block_size": args.block_size,
+        "dtype": dtype,
     }
+
+
+def main() -> None:
+    p = parser(__doc__ or "")
+    p.add_argument("--model", default=tiny_inputs.default_model())
+    p.add_argument("--prompts", type=int, default=64)
+    p.add_argument("--published-prompts", type=int, default=8, help="the published side handles this many of them")
+    p.add_argument("--block-size", type=int, default=16)
+    p.add_argument("--max-new-tokens", type=int, default=192)
+    p.add_argument("--forward-tokens", type=int, default=2048, help="most tokens of one forward while iterating")
+    p.add_argument(
+        "--dtypes", nargs="+", choices=["bfloat16", "float32"], help="default: what this processor is fast at"
+    )
+    p.set_defaults(repeats=3)
+    args = p.parse_args()
+    use_threads(args.threads)
+    first, *others = args.dtypes or dtypes(args.device)
+    figures = measure(args, first)
+    for dtype in others:
+        figures |= {f"{key}_{dtype}": value for key, value in measure(args, dtype).items()}
     report("collect: ours against the published procedure", figures, args.json)
 
 

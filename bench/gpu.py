@@ -34,6 +34,7 @@ LIST: dict[str, list[str]] = {
     ],
     "train_step_1.5b": [
         "train_step", "--model", "qwen2.5-1.5b", "--samples", "8", "--response-tokens", "1024",
+        "--long-response-tokens", "0",
         "--micro-batch-tokens", "16384", "--repeats", "2",
     ],
     "loss": ["loss", "--repeats", "3"],

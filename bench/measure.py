@@ -16,6 +16,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -99,8 +100,8 @@ def alternate(
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a module-level function gives in a new process, whose memory nothing has used yet."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:

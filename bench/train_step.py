@@ -1,8 +1,8 @@
 """``python -m bench.train_step``: forward and backward of one training step, ours against the published layout.
 
-Both sides train on the same samples, at the same positions, and must report the same loss. Measured twice: on responses
-of a length that models write, and (``_short``) on the tiny model's own, about a hundred tokens, where the dense mask
-costs the published layout little.
+Both sides train on the same samples, at the same positions, and must report the same loss. Measured at three lengths,
+because a dense mask costs the more the longer a sample is: responses of 512 tokens, the tiny model's own of about a
+hundred (``_short``), and of 1,536 tokens (``_long``).
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def peak_of(side: str, args: argparse.Namespace, samples: list[Sample]) -> int:
     return peak_bytes(getattr(sides, side), args.device)
 
 
-def draw(args: argparse.Namespace, response_tokens: int) -> list[Sample]:
+def draw(args: argparse.Namespace, response_tokens: int, count: int) -> list[Sample]:
     """Samples of the model's own trajectories; ``response_tokens`` above 0: solutions joined to that length."""
     model = tiny_inputs.load(args.model, args.device)
-    prompts, end = tiny_inputs.prompts(args.model, args.samples)
+    prompts, end = tiny_inputs.prompts(args.model, count)
     written = generate_responses(model, prompts, max_new_tokens=192, end_ids=[end])
     responses = [r.tokens for r in written]
     if response_tokens:
@@ -89,8 +89,8 @@ def draw(args: argparse.Namespace, response_tokens: int) -> list[Sample]:
     ]
 
 
-def measure(args: argparse.Namespace, response_tokens: int) -> dict[str, Value]:
-    samples = draw(args, response_tokens)
+def measure(args: argparse.Namespace, response_tokens: int, count: int) -> dict[str, Value]:
+    samples = draw(args, response_tokens, count)
     sides = Sides(args, samples)
     losses = sides.ours(), sides.theirs()
     seconds = alternate(
@@ -122,6 +122,7 @@ def main() -> None:
     p.add_argument("--model", default=tiny_inputs.default_model())
     p.add_argument("--samples", type=int, default=16)
     p.add_argument("--response-tokens", type=int, default=512, help="length of the responses of the first measurement")
+    p.add_argument("--long-response-tokens", type=int, default=1536, help="of the last one; 0 leaves it out")
     p.add_argument("--block-size", type=int, default=16)
     p.add_argument("--window", type=int, default=4)
     p.add_argument("--micro-batch-tokens", type=int, default=1024)
@@ -130,8 +131,12 @@ def main() -> None:
     p.set_defaults(repeats=3)
     args = p.parse_args()
     use_threads(args.threads)
-    short = {f"{key}_short": value for key, value in measure(args, 0).items()}
-    figures = {**measure(args, args.response_tokens), **short}
+    figures = measure(args, args.response_tokens, args.samples)
+    figures |= {f"{key}_short": value for key, value in measure(args, 0, args.samples).items()}
+    if args.long_response_tokens:
+        count = max(1, args.samples * args.response_tokens // args.long_response_tokens)  # about as many tokens in all
+        long = measure(args, args.long_response_tokens, count)
+        figures |= {f"{key}_long": value for key, value in long.items()}
     report("training step: ours against the published layout", figures, args.json)
 
 

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from jf_cluster.jacobi.layout import CachedRows, Forest
@@ -217,9 +217,14 @@ def _interface(
         *,
         scaling: float | None = None,
         layout: Forest | CachedRows | Tails | None = None,
+        spare: int = 0,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if spare:  # So many tokens behind the layout's: they attend to nothing.
+            query, key, value = (x[:, :, :-spare] for x in (query, key, value))
+            out, _ = attention(module, query, key, value, None, scaling=scaling, layout=layout)
+            return pad(out, (0, 0, 0, 0, 0, spare)), None
         if isinstance(layout, CachedRows):
             return _cached(module, query, key, value, layout, scaling), None
         if isinstance(layout, Tails):

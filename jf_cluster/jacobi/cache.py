@@ -6,15 +6,26 @@ import torch
 from transformers import PretrainedConfig
 
 
+def aligned(keys: int) -> int:
+    """So many keys or more, as many as a vector register holds: what is left of a register is computed one by one.
+
+    Attention over 150 keys takes a fifth to a third longer on a CPU than over 160 of which the mask hides 10.
+    """
+    return -(-keys // 16) * 16
+
+
 class KeyValueCache:
-    """Keys and values of every layer, ``[rows, G, slots, D]`` each; slot i of a row holds the token at position i."""
+    """Keys and values of every layer, ``[rows, G, slots, D]`` each; slot i of a row holds the token at position i.
+
+    It has at least the slots asked for, an aligned number of them.
+    """
 
     def __init__(
         self, config: PretrainedConfig, rows: int, slots: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         heads: int = config.num_key_value_heads
         width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (rows, heads, slots, width)
+        shape = (rows, heads, aligned(slots), width)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 

@@ -20,11 +20,11 @@ import torch
 from transformers import PreTrainedModel
 
 from jf_cluster.jacobi.attention import branch_attention
-from jf_cluster.jacobi.cache import KeyValueCache
+from jf_cluster.jacobi.cache import KeyValueCache, aligned
 from jf_cluster.jacobi.drafts import Row
 from jf_cluster.jacobi.graphs import Graphs
 from jf_cluster.jacobi.layout import CachedRows, visible
-from jf_cluster.jacobi.sampling import IntArray, Sampling
+from jf_cluster.jacobi.sampling import IntArray, Sampling, most_likely
 from jf_cluster.jacobi.support import output_head
 
 Accepted = list[tuple[Row, list[int]]]
@@ -47,7 +47,7 @@ class Batch:
         self.cache = KeyValueCache(model.config, rows, slots + widest, dtype=model.dtype, device=model.device)
         self.active: list[Row] = []
         """Rows being decoded; row i lies in cache row i."""
-        self._numbers = torch.arange(max(slots + widest, rows), device=model.device)
+        self._numbers = torch.arange(max(self.cache.slots, rows), device=model.device)
         self._written = slice(0, 0)  # columns of the single row's mask that are not zero
         static = model.device.type == "cuda" and rows <= GRAPH_ROWS if static is None else static
         self._graphs = Graphs(self._packed_forward, model.device) if static else None
@@ -132,15 +132,16 @@ class Batch:
         last, width = row.last_slot, len(proposed)
         positions = self._numbers[last : last + width]
         mask: torch.Tensor | None = None
+        reach = last + width if width == 1 else aligned(last + width)
         if row.candidates:
             positions = last + self._tensor(row.depths)
             mask = self._mask_of_one(last, self._branches(row))
         elif width > 1:
             mask = self._mask_of_one(last, self._triangle[:width, :width])
-        layout = CachedRows(self.cache, None, None, mask=mask, reach=last + width, first_slot=last)
+        layout = CachedRows(self.cache, None, None, mask=mask, reach=reach, first_slot=last)
         logits = self._logits(torch.tensor([proposed], device=self.model.device), positions[None], layout)
         if row.sampling.temperature == 0:
-            return [logits[0].argmax(-1).tolist()]
+            return [most_likely(logits[0]).tolist()]
         return [self._choose(logits[0], [row], len(row.tokens) + row.depths[None])]
 
     def _branches(self, row: Row) -> torch.Tensor:
@@ -151,15 +152,16 @@ class Batch:
         return self._tensor(np.where(seen, 0.0, -np.inf)).to(self.model.dtype)
 
     def _mask_of_one(self, last: int, own: torch.Tensor) -> torch.Tensor:
-        """[1, 1, Q, last + Q]: all before slot ``last`` is seen, and the proposed tokens see each other as in ``own``.
+        """[1, 1, Q, reach]: all before slot ``last`` is seen, and the proposed tokens see each other as in ``own``.
 
         Written into one buffer that is kept zero elsewhere: a mask made anew would cost more the longer the response.
         """
-        width = len(own)
+        width, end = len(own), last + len(own)
         self._mask[:, self._written] = 0
-        self._written = slice(last, last + width)
-        self._mask[:width, self._written] = own
-        return self._mask[None, None, :width, : last + width]
+        self._written = slice(last, aligned(end))
+        self._mask[:width, last:end] = own
+        self._mask[:width, end : self._written.stop] = -torch.inf
+        return self._mask[None, None, :width, : self._written.stop]
 
     @cached_property
     def _mask(self) -> torch.Tensor:
@@ -174,7 +176,7 @@ class Batch:
         """Any rows; also the static shapes that CUDA graphs need, where all that changes is ``packed``."""
         last = np.array([r.last_slot for r in rows])
         count, width = len(rows), max(len(r.proposed) for r in rows)
-        reach = int(last.max()) + width
+        reach = aligned(int(last.max()) + width)
         if self._graphs is not None:
             count, width = self.capacity, max(r.drafting.longest for r in rows)  # rows beyond the active ones idle
             reach = min(_bucket(int(last.max()) + width), self.cache.slots)
@@ -222,7 +224,7 @@ class Batch:
             reach=reach,
         )
         logits = self._logits(tokens, positions, layout)
-        return logits, logits.argmax(-1)
+        return logits, most_likely(logits)
 
     def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, layout: CachedRows) -> torch.Tensor:
         """Logits [B, Q, V] of tokens and positions [B, Q]."""
@@ -246,7 +248,7 @@ class Batch:
         """Next tokens for logits [B * Q, V]; ``places`` [B, Q] are the response positions they are for."""
         kinds = {r.sampling for r in rows}
         if len(kinds) == 1 and (only := next(iter(kinds))).temperature == 0:
-            greedy: list[int] = logits.argmax(-1).tolist()
+            greedy: list[int] = most_likely(logits).tolist()
             return greedy
         width = places.shape[1]
         keys = self._tensor(np.repeat(np.array([r.key for r in rows], dtype=np.int64), width))

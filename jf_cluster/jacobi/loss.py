@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from jf_cluster.jacobi.packing import RATIO_BUCKETS, PackedBatch
+from jf_cluster.jacobi.sampling import most_likely
 from jf_cluster.jacobi.support import output_head
 
 
@@ -105,7 +106,7 @@ def _chunk_sums(
     teacher = clean_logits.detach().log_softmax(-1).index_select(0, mirrors)
     divergence: torch.Tensor = _Divergence.apply(noisy_logits, teacher)  # type: ignore[no-untyped-call]
     by_bucket = torch.zeros(RATIO_BUCKETS, device=divergence.device).index_add(0, buckets, divergence)
-    agreements = (noisy_logits.argmax(-1) == teacher.argmax(-1)).sum()
+    agreements = (most_likely(noisy_logits.detach()) == most_likely(teacher)).sum()
     return ar, by_bucket, agreements
 
 

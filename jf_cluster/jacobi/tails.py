@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
-from jf_cluster.jacobi.cache import KeyValueCache
+from jf_cluster.jacobi.cache import KeyValueCache, aligned
 
 IntArray = NDArray[np.int64]
 Tensor = torch.Tensor
@@ -125,7 +125,7 @@ def _group(
     begins = np.flatnonzero(np.concatenate([[True], np.diff(block) != 0]))
     rank = np.arange(len(row)) - np.repeat(begins, np.diff(np.append(begins, len(row))))
     own_row = row - row[0] if in_place else np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(row))))
-    rows, width, reach = int(own_row[-1]) + 1, int(rank.max()) + 1, int(slot.max()) + 1
+    rows, width, reach = int(own_row[-1]) + 1, int(rank.max()) + 1, aligned(int(slot.max()) + 1)
     # Every query head of every token: which shared head it belongs to, and which of those `heads` it is.
     group, head = np.divmod(np.arange(shared * heads), heads)
     pair = np.arange(tokens.start, tokens.stop)[:, None] * (shared * heads) + np.arange(shared * heads)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from bench import tiny_inputs
-from jf_cluster.jacobi import one_pass
+from jf_cluster.jacobi import one_pass, traces
+from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.decoding import PromptError
 from jf_cluster.jacobi.one_pass import respond_and_trace
 from jf_cluster.jacobi.oracle import autoregressive, encode_trajectories
@@ -124,6 +125,38 @@ def test_low_precision_keeps_what_its_own_forwards_chose(qwen2: PreTrainedModel)
         assert got.disagreements == 0 and len(got.iterations) == -(-len(response.tokens) // 8)
         sizes = np.minimum(8, len(response.tokens) - 8 * np.repeat(np.arange(len(got.iterations)), got.iterations))
         assert len(got.tails) == (sizes - got.accepted).sum() and (got.accepted < sizes).all()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=str)
+def test_tokens_that_fill_a_forward_up_change_nothing(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    prompts = random_prompts([5, 9, 1, 14, 3])
+    options = {"block_size": 5, "keys": range(5), "sampling": sampling}
+
+    def collected() -> list[list[int]]:
+        written = respond_and_trace(model, prompts, max_new_tokens=23, end_ids=[END], **options)
+        towards = trace(model, prompts, [r.tokens for r, _ in written], **options)
+        return [x.tolist() for r, t in written for x in (r.tokens, t.accepted, t.tails)] + [
+            x.tolist() for t in towards for x in (t.accepted, t.tails)
+        ]
+
+    alone = collected()
+    monkeypatch.setattr(traces, "token_step", lambda model: 8)
+    assert collected() == alone
+
+
+def test_forwards_in_low_precision_have_few_lengths() -> None:
+    low, lengths = make_model("qwen2").to(torch.bfloat16), []
+    with branch_attention(low):  # tries the model first, on a few tokens
+        pass
+    low.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    prompts = random_prompts([5, 9, 30, 14])
+    written = respond_and_trace(low, prompts, block_size=5, max_new_tokens=23, end_ids=[END], keys=range(4))
+    trace(low, prompts, [r.tokens for r, _ in written], block_size=5, keys=range(4))
+    assert len(lengths) > 10 and all(n % traces.LOW_PRECISION_STEP == 0 for n in lengths)
 
 
 def test_prompts_that_cannot_be_continued_are_refused(qwen2: PreTrainedModel) -> None:
