@@ -111,7 +111,8 @@ def refused_by_model(config: Config, shape: ModelShape) -> Iterator[Refusal]:
 
 
 def refused_places(config: Config, shape: ModelShape) -> Iterator[Refusal]:
-    """Paths that cannot be written, and too little disk."""
+    """Paths that cannot be written, too little disk, and a data base of MLflow's that nothing here can talk to."""
+    yield from filter(None, [_no_driver(config)])
     places = {"runs_dir": config.run_dir}
     if "://" not in config.store_url:
         places["store"] = Path(config.store_url)
@@ -136,6 +137,24 @@ def mlflow_warning(config: Config) -> str | None:
         return (
             f"tracking.uri: MLflow at {uri} does not answer ({error}); a run goes on, keeps its metrics and sends them "
             "when it does"
+        )
+    return None
+
+
+def _no_driver(config: Config) -> Refusal | None:
+    """Refuse a data base whose driver, which MLflow leaves to its users, is not installed."""
+    uri = tracking_uri(config)
+    if uri.partition(":")[0].partition("+")[0] not in ("postgresql", "mysql", "mssql"):
+        return None
+    from sqlalchemy import create_engine
+
+    try:
+        create_engine(uri)
+    except ModuleNotFoundError as error:
+        return Refusal(
+            "tracking.uri",
+            f"{without_secrets(uri)} needs the Python package {error.name}: install it in the environment of every "
+            "node, or name the one that is installed, as in postgresql+pg8000://",
         )
     return None
 

@@ -141,6 +141,7 @@ def test_following_a_refusal_makes_it_go_away(
         (["train.keep_checkpoints=100000000"], 1, "train.keep_checkpoints: the run needs about"),
         (["runs_dir=/proc/nowhere"], 1, "runs_dir: /proc/nowhere/tiny cannot be written"),
         (["store=/proc/nowhere"], 1, "store: /proc/nowhere cannot be written"),
+        (["tracking.uri=mysql://me:secret@there/db"], 1, "tracking.uri: mysql://there/db needs the Python package"),
         (["store=gopher://there"], 1, "store: cannot open the store at gopher://there"),
         (["model.path=./nowhere"], 2, "model.path: no model at"),
         (["prompts.grader=none", "collect.responses=verified"], 2, "collect.responses=verified needs a grader"),
