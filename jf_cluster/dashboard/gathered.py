@@ -11,6 +11,7 @@ import numpy as np
 from jf_cluster.config import Config
 from jf_cluster.evaluate.evaluation import Evaluation, evaluations_until
 from jf_cluster.evaluate.looking import Look, load_look
+from jf_cluster.jacobi.text import pieces
 from jf_cluster.messages import first_line
 from jf_cluster.models import load_tokenizer
 from jf_cluster.tracking.store import KEY, ROUND, STAGE, SUPERSEDED_BY, client, refusals
@@ -101,7 +102,7 @@ def _collected(config: Config, model: int, reader: TrajectoryReader) -> Collecte
         iterations=np.concatenate(iterations),
         accepted=np.concatenate(accepted),
         example=example,
-        words=tuple(tokenizer.decode([int(token)]) for token in example.response),
+        words=pieces(tokenizer.decode, example.prompt.tolist(), example.response.tolist()),
     )
 
 

@@ -17,6 +17,7 @@ from jf_cluster.evaluate.worker import Evaluator
 from jf_cluster.jacobi.calibration import Measured, Survey
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
 from jf_cluster.jacobi.sampling import prompt_key
+from jf_cluster.jacobi.text import pieces
 from jf_cluster.jacobi.watching import Watched, watch
 from jf_cluster.messages import first_line
 from jf_cluster.whole_files import write_whole
@@ -81,7 +82,7 @@ class Looker(Evaluator):
         return Look(
             round=self.round_number,
             prompt=self.tokenizer.decode(prompt.tokens),
-            tokens=tuple(self.tokenizer.decode([token]) for token in jacobi.tokens),
+            tokens=pieces(self.tokenizer.decode, prompt.tokens.tolist(), jacobi.tokens),
             jacobi=jacobi,
             multiblock=watched(Drafting("multiblock", **settings.decoding.model_dump())),
             measured=tuple(survey.tried.values()),

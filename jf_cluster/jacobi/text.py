@@ -29,6 +29,12 @@ def decode_behind(decode: Decode, prompt: Sequence[int], tokens: Sequence[int]) 
     return decode([*context, *tokens])[len(decode(context)) :]
 
 
+def pieces(decode: Decode, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[str, ...]:
+    """Text of each of ``tokens`` as it reads behind those before it; a part of a character is UNFINISHED."""
+    whole = [*prompt, *tokens]
+    return tuple(decode_behind(decode, whole[:i], whole[i : i + 1]) for i in range(len(prompt), len(whole)))
+
+
 def _context(decode: Decode, prompt: Sequence[int]) -> list[int]:
     """The prompt's last tokens; none where it ends within a character, which a response could complete."""
     last = list(prompt[-CONTEXT_TOKENS:])

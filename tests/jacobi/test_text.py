@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jf_cluster.jacobi.text import TextStream, decode_behind
+from jf_cluster.jacobi.text import TextStream, decode_behind, pieces
 from jf_cluster.tiny.pretrain import build_tokenizer
 from tests.jacobi.conftest import llama_tokenizer
 
@@ -100,6 +100,7 @@ EMOJI = [LLAMA.token_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()]
 )
 def test_a_response_keeps_its_first_space(prompt: list[int], tokens: list[int], text: str) -> None:
     assert decode_behind(LLAMA.decode, prompt, tokens) == text
+    assert "".join(pieces(LLAMA.decode, prompt, tokens)) == text
     stream = TextStream(LLAMA.decode, behind=prompt)
     assert stream.feed(tokens) + stream.finish() == text
     if " " in text:
