@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,17 @@ def test_a_writer_ignores_an_id_it_has_buffered(round_: Round, provenance: Prove
         writer.append(make_trajectory("p"))
         writer.append(make_trajectory("p"))
     assert writer.committed_rows == 1
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_arrays_may_be_reused_once_they_are_appended(round_: Round, provenance: Provenance, dtype: type) -> None:
+    expected = make_trajectory("p", response_tokens=20)
+    response = expected.response.astype(dtype)
+    with round_.writer(provenance) as writer:
+        writer.append(replace(expected, response=response))
+        response[:] = 0
+    round_.seal(provenance)
+    assert round_.reader()[0] == expected
 
 
 def test_an_exception_publishes_nothing(round_: Round, provenance: Provenance) -> None:
