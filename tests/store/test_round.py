@@ -245,6 +245,14 @@ def test_writer_ids_are_validated(round_: Round, provenance: Provenance, writer_
         round_.writer(provenance, writer_id=writer_id)
 
 
+@pytest.mark.parametrize("codec", ["gzip", None])
+def test_an_unknown_codec_is_refused_before_rows_depend_on_it(
+    round_: Round, provenance: Provenance, codec: object
+) -> None:
+    with pytest.raises(ValueError, match="zstd, lz4, none"):
+        round_.writer(provenance, codec=codec)  # type: ignore[arg-type]
+
+
 def test_provenance_of_another_round_is_refused(round_: Round) -> None:
     with pytest.raises(InvalidNameError):
         round_.writer(make_provenance(round_number=2))
