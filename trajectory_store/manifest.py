@@ -22,7 +22,13 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from trajectory_store.checksums import checksum_of, checksum_of_pieces
-from trajectory_store.errors import CorruptShardError, RoundNotSealedError, SchemaVersionError
+from trajectory_store.errors import (
+    CorruptShardError,
+    RoundNotSealedError,
+    SchemaVersionError,
+    StoreError,
+    StoreUnavailableError,
+)
 from trajectory_store.folder import Folder
 from trajectory_store.provenance import Provenance
 from trajectory_store.schema import READABLE_BY, SCHEMA_VERSION
@@ -239,7 +245,14 @@ def _text_buffers(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], memor
 
 def _spool(folder: Folder, name: str) -> Any:
     """A remote file copied to an unnamed local one and mapped, so that it costs disk and page cache, not heap."""
-    with tempfile.NamedTemporaryFile(prefix="trajectory-index-") as copy:
-        copy.writelines(folder.pieces(name))
-        copy.flush()
-        return pa.memory_map(copy.name)
+    try:
+        with tempfile.NamedTemporaryFile(prefix="trajectory-index-") as copy:
+            copy.writelines(folder.pieces(name))
+            copy.flush()
+            return pa.memory_map(copy.name)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"cannot copy {folder.path_of(name)} to a temporary file here: {error}; TMPDIR may name a folder with room"
+        ) from error

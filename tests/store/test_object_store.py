@@ -161,6 +161,27 @@ def test_a_request_that_fails_is_no_damage(s3: Round, provenance: Provenance, mo
         list(s3.reader())
 
 
+def test_bytes_that_arrive_damaged_are_fetched_again(
+    s3: Round, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(s3, provenance, ["a"])
+    s3.seal(provenance)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    answers = iter(["tails", None])
+    monkeypatch.setattr("trajectory_store.shard.damaged_column", lambda *_: next(answers))
+    assert [t.prompt_id for t in s3.reader()] == ["a"]
+
+
+def test_an_index_that_finds_no_room_here_is_reported(
+    s3: Round, provenance: Provenance, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write(s3, provenance, ["a"])
+    s3.seal(provenance)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(StoreUnavailableError, match=r"index-.*TMPDIR"):
+        s3.reader()
+
+
 STREAM = """
 import sys
 import pyarrow as pa
