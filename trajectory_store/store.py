@@ -120,6 +120,7 @@ class Round:
         """Record that a prompt was given up on. Repeating it changes nothing; the first reason stays.
 
         Raises:
+            InvalidNameError: the prompt id cannot be written as UTF-8.
             RoundSealedError: the round is sealed.
         """
         self.require_unsealed()
@@ -294,7 +295,11 @@ class Round:
 
 
 def _reject_name(prompt_id: str) -> str:
-    return hashlib.blake2b(prompt_id.encode(), digest_size=16).hexdigest() + ".json"
+    try:
+        encoded = prompt_id.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidNameError(f"prompt id {prompt_id!r} cannot be written as UTF-8") from error
+    return hashlib.blake2b(encoded, digest_size=16).hexdigest() + ".json"
 
 
 def _hash(prompt_id: str) -> int:
