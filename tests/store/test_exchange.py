@@ -167,6 +167,9 @@ def test_a_failed_export_leaves_no_file(sealed: Round, tmp_path: Path) -> None:
         export_round(reader, tmp_path / "out.jsonl", "jsonl")
     with pytest.raises(StoreError, match="nowhere"):
         export_round(reader, tmp_path / "nowhere" / "out.jsonl", "jsonl")
+    for folder in (tmp_path, Path()):
+        with pytest.raises(StoreError, match="it is a folder"):
+            export_round(reader, folder, "jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
 
 
