@@ -7,6 +7,7 @@ simply not in it, and the content hash is taken over it.
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
 import re
@@ -93,7 +94,7 @@ class Manifest:
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Manifest:
+    def from_json(cls, text: str | builtins.bytes, where: str) -> Manifest:
         """The manifest a JSON text holds.
 
         Raises:
@@ -141,12 +142,16 @@ def read_manifest(folder: Folder) -> Manifest:
     """
     where = folder.path_of(MANIFEST_NAME)
     content = look(folder)
-    if content is None or stage_of(content) != "sealed":
-        raise RoundNotSealedError(f"{folder.path} is not sealed: it has no manifest yet")
-    try:
-        return Manifest.from_json(content.decode(), where)
-    except UnicodeDecodeError as error:
-        raise CorruptShardError(f"{where} is damaged: {error}") from error
+    while True:
+        if content is None or stage_of(content) != "sealed":
+            raise RoundNotSealedError(f"{folder.path} is not sealed: it has no manifest yet")
+        try:
+            return Manifest.from_json(content, where)
+        except CorruptShardError:
+            # A file of an object store that is replaced while it is read comes cut to the length of the one before.
+            before, content = content, look(folder)
+            if content == before:
+                raise
 
 
 def content_hash(index: pa.Table) -> str:
