@@ -38,6 +38,8 @@ class ReadingAhead(ABC, Generic[Step]):
             yield from run.results()
         finally:
             run.close()
+            if run in self._runs:  # it holds the steps that were read for nothing
+                self._runs.remove(run)
 
     def close(self) -> None:
         """Stop reading ahead."""

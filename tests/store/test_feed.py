@@ -171,6 +171,14 @@ def test_reading_ahead_hides_the_reading(reader: TrajectoryReader, monkeypatch: 
     assert waited < 0.06
 
 
+def test_an_iteration_that_was_broken_off_keeps_no_steps(reader: TrajectoryReader) -> None:
+    feed = TrajectoryFeed(reader, seed=5, samples=12)
+    for _ in range(3):
+        for _ in feed:
+            break
+    assert feed._runs == []
+
+
 @pytest.mark.parametrize(
     "begin",
     [
