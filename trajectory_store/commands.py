@@ -154,7 +154,9 @@ def import_(options: argparse.Namespace) -> Lines:
     )
     imported = import_file(source, round_, provenance, options.format, options.end_id)
     manifest = round_.seal(provenance)
-    yield f"{round_.folder.path}: {manifest.rows} rows from {source}, {imported.rejected} rejected", 0
+    repeated = imported.rows - manifest.rows  # negative when the round was not new
+    more = f", {repeated} of a prompt that has another row" if repeated > 0 else ""
+    yield f"{round_.folder.path}: {manifest.rows} rows from {source}, {imported.rejected} rejected{more}", 0
 
 
 def _require_named(path: str) -> Round:

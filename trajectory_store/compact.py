@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import pyarrow as pa
@@ -31,6 +32,7 @@ def compact_round(round_: Round, shard_bytes: int = DEFAULT_COMPACT_BYTES, codec
     Raises:
         RoundNotSealedError: only a sealed round is compacted.
         CorruptShardError: a row cannot be read; nothing is changed.
+        StoreUnavailableError: the place is full, say; what was written of the new shards is removed.
         StoreError: another compaction of the round was faster; nothing is changed.
     """
     if shard_bytes < 1:
@@ -43,20 +45,23 @@ def compact_round(round_: Round, shard_bytes: int = DEFAULT_COMPACT_BYTES, codec
     overtaken = StoreError(f"{round_.folder.path} was compacted by somebody else meanwhile; nothing was changed")
     try:
         for shard in _rewritten(round_, unique, shard_bytes, codec):
-            round_.folder.publish(shard.name, shard.content)
             sizes[shard.name] = len(shard.content)
+            round_.folder.publish(shard.name, shard.content)
         rebuilt, index = build_manifest(round_.folder, sizes, old.provenance, set(), salt=unique)
-    except MissingShardError as error:
-        _delete(round_, sizes)
-        if look(round_.folder) == before:
-            raise
-        raise overtaken from error
-    if rebuilt.content_hash != old.content_hash:
-        raise StoreError(f"{round_.folder.path}: the compacted rows differ from the sealed ones; nothing was changed")
-    new = replace(rebuilt, rejects=old.rejects, created_at=old.created_at)
-    round_.folder.publish(new.index, index)
-    # Listed before the manifest is replaced: what another compaction writes from now on builds on the new manifest.
-    present = round_.folder.entries()
+        if rebuilt.content_hash != old.content_hash:
+            raise StoreError(
+                f"{round_.folder.path}: the compacted rows differ from the sealed ones; nothing was changed"
+            )
+        new = replace(rebuilt, rejects=old.rejects, created_at=old.created_at)
+        round_.folder.publish(new.index, index)
+        # Listed before the manifest is replaced: what another compaction writes from now on builds on the new manifest.
+        present = round_.folder.entries()
+    except StoreError as error:
+        with suppress(StoreError):  # a disk that is full now would be full the next time too
+            _delete(round_, sizes)
+        if isinstance(error, MissingShardError) and look(round_.folder) != before:
+            raise overtaken from error
+        raise
     if not round_.folder.replace(MANIFEST_NAME, before, new.to_json().encode()):
         _delete(round_, [*sizes, new.index])
         raise overtaken

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from trajectory_store.errors import InvalidTrajectoryError, StoreError
 from trajectory_store.local_files import whole_file
 from trajectory_store.provenance import Provenance
 from trajectory_store.reader import TrajectoryReader
-from trajectory_store.schema import RowBatch, record_batch, schema
+from trajectory_store.schema import ROW_COLUMNS, RowBatch, record_batch, schema
 from trajectory_store.store import Round
 from trajectory_store.trajectory import ARRAY_FIELDS, Trajectory
 
@@ -94,8 +95,10 @@ def import_file(
         StoreError: the file is not of that format, or has no usable row.
     """
     rows = rejected = 0
+    read = _rows(source, provenance, form, end_ids)
+    first = list(islice(read, 1))  # a file that is not there or of another format leaves no round behind
     with round_.writer(provenance) as writer:
-        for prompt_id, build in _rows(source, provenance.block_size, form, end_ids):
+        for prompt_id, build in chain(first, read):
             try:
                 writer.append(build())
                 rows += 1
@@ -111,13 +114,14 @@ def import_file(
 Rows = Iterator[tuple[str, Callable[[], Trajectory]]]
 
 
-def _rows(source: Path, block_size: int, form: ImportFormat, end_ids: Sequence[int]) -> Rows:
+def _rows(source: Path, provenance: Provenance, form: ImportFormat, end_ids: Sequence[int]) -> Rows:
     """Prompt ids and what makes their trajectories, or raises InvalidTrajectoryError, when called."""
+    block_size = provenance.block_size
     if form == "parquet":
-        yield from _parquet_rows(source)
+        yield from _parquet_rows(source, schema(provenance))
     elif form == "jsonl":
         for number, row in enumerate(json_values(source)):
-            if not isinstance(row, dict) or "prompt_id" not in row:
+            if not isinstance(row, dict) or row.get("prompt_id") is None:
                 raise StoreError(f"{source}: row {number} has no prompt_id: not an exported round")
             yield str(row["prompt_id"]), partial(_from_json, row)
     elif form == "trajectories":
@@ -131,20 +135,24 @@ def _rows(source: Path, block_size: int, form: ImportFormat, end_ids: Sequence[i
 
 def _from_json(row: Mapping[str, Any]) -> Trajectory:
     try:
-        arrays = {name: np.asarray(row[name], np.int32) for name in ARRAY_FIELDS}
-        return Trajectory(prompt_id=str(row["prompt_id"]), finished=bool(row["finished"]), **arrays)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        arrays = {name: np.asarray(row[name]) for name in ARRAY_FIELDS}  # the writer checks that they are integers
+        if not isinstance(row["finished"], bool):
+            raise TypeError(f"finished is {row['finished']!r}, neither true nor false")
+        return Trajectory(prompt_id=str(row["prompt_id"]), finished=row["finished"], **arrays)
+    except (KeyError, TypeError, ValueError) as error:
         raise InvalidTrajectoryError(f"{row['prompt_id']!r}: not an exported row ({error!r})") from error
 
 
-def _parquet_rows(source: Path) -> Rows:
+def _parquet_rows(source: Path, shard: pa.Schema) -> Rows:
+    columns = pa.schema([shard.field(name) for name in ROW_COLUMNS])
     try:
         file = pq.ParquetFile(source)
         for batch in file.iter_batches(PARQUET_ROWS):
-            rows = RowBatch(batch)
+            # Whoever wrote the file may have other widths of lists and integers; what does not fit is an error.
+            rows = RowBatch(batch.select(columns.names).cast(columns))
             for i in range(rows.rows):
                 yield rows[i].prompt_id, partial(rows.__getitem__, i)
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise StoreError(f"{source} is not a Parquet export of a round ({error})") from error
 
 

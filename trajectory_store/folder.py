@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pyarrow import fs as pafs
 
 from trajectory_store import local_files
 from trajectory_store.conditional import S3Access
-from trajectory_store.errors import MissingShardError, StoreUnavailableError
+from trajectory_store.errors import InvalidNameError, MissingShardError, StoreUnavailableError
 from trajectory_store.local_files import TEMPORARY_PREFIX
 from trajectory_store.urls import without_secrets
 
@@ -40,9 +41,13 @@ class Folder:
         """The folder a local path or URL (``s3://bucket/prefix``, ``file:///...``) names.
 
         Raises:
+            InvalidNameError: a URL that lost a slash, which would be a local folder named ``s3:``.
             StoreUnavailableError: pyarrow does not know the URL's scheme or cannot reach it.
         """
         text = os.fspath(url)
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/(?!/)", text):
+            meant = without_secrets(text.replace(":/", "://", 1))
+            raise InvalidNameError(f"a URL has two slashes: {meant} (give it as text, a Path takes one of them away)")
         if "://" not in text:
             return cls(pafs.LocalFileSystem(), str(Path(text).absolute()))
         try:

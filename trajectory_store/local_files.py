@@ -105,6 +105,8 @@ def whole_file(target: Path) -> Iterator[Path]:
     Raises:
         StoreUnavailableError: the file cannot be written.
     """
+    if target.is_dir():  # said before the work is done
+        raise StoreUnavailableError(f"cannot write {target}: it is a folder; name a file in it")
     temporary = target.with_name(temporary_name(target.name))
     try:
         yield temporary

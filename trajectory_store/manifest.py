@@ -7,6 +7,7 @@ simply not in it, and the content hash is taken over it.
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
 import re
@@ -22,7 +23,13 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from trajectory_store.checksums import checksum_of, checksum_of_pieces
-from trajectory_store.errors import CorruptShardError, RoundNotSealedError, SchemaVersionError
+from trajectory_store.errors import (
+    CorruptShardError,
+    RoundNotSealedError,
+    SchemaVersionError,
+    StoreError,
+    StoreUnavailableError,
+)
 from trajectory_store.folder import Folder
 from trajectory_store.provenance import Provenance
 from trajectory_store.schema import READABLE_BY, SCHEMA_VERSION
@@ -87,7 +94,7 @@ class Manifest:
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Manifest:
+    def from_json(cls, text: str | builtins.bytes, where: str) -> Manifest:
         """The manifest a JSON text holds.
 
         Raises:
@@ -135,12 +142,16 @@ def read_manifest(folder: Folder) -> Manifest:
     """
     where = folder.path_of(MANIFEST_NAME)
     content = look(folder)
-    if content is None or stage_of(content) != "sealed":
-        raise RoundNotSealedError(f"{folder.path} is not sealed: it has no manifest yet")
-    try:
-        return Manifest.from_json(content.decode(), where)
-    except UnicodeDecodeError as error:
-        raise CorruptShardError(f"{where} is damaged: {error}") from error
+    while True:
+        if content is None or stage_of(content) != "sealed":
+            raise RoundNotSealedError(f"{folder.path} is not sealed: it has no manifest yet")
+        try:
+            return Manifest.from_json(content, where)
+        except CorruptShardError:
+            # A file of an object store that is replaced while it is read comes cut to the length of the one before.
+            before, content = content, look(folder)
+            if content == before:
+                raise
 
 
 def content_hash(index: pa.Table) -> str:
@@ -239,7 +250,14 @@ def _text_buffers(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], memor
 
 def _spool(folder: Folder, name: str) -> Any:
     """A remote file copied to an unnamed local one and mapped, so that it costs disk and page cache, not heap."""
-    with tempfile.NamedTemporaryFile(prefix="trajectory-index-") as copy:
-        copy.writelines(folder.pieces(name))
-        copy.flush()
-        return pa.memory_map(copy.name)
+    try:
+        with tempfile.NamedTemporaryFile(prefix="trajectory-index-") as copy:
+            copy.writelines(folder.pieces(name))
+            copy.flush()
+            return pa.memory_map(copy.name)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"cannot copy {folder.path_of(name)} to a temporary file here: {error}; TMPDIR may name a folder with room"
+        ) from error

@@ -38,6 +38,8 @@ class ReadingAhead(ABC, Generic[Step]):
             yield from run.results()
         finally:
             run.close()
+            if run in self._runs:  # it holds the steps that were read for nothing
+                self._runs.remove(run)
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -63,16 +65,22 @@ class _Run(Generic[Step]):
         self._room = threading.Semaphore(prefetch_steps)
         self._planned: SimpleQueue[Future[Step] | None] = SimpleQueue()
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="trajectory-read")
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix="trajectory-plan")
-        self._plan = self._planner.submit(self._submit, jobs)
+        self._plan: Future[None] = Future()
+        # A daemon: it may wait for ever, for room or for shards, and a process that ends by an exception which still
+        # holds the iterator would wait for it.
+        self._planner = threading.Thread(target=self._submit, args=(jobs,), name="trajectory-plan", daemon=True)
+        self._planner.start()
 
     def _submit(self, jobs: Callable[[threading.Event], Iterator[Callable[[], Step]]]) -> None:
         try:
             for job in jobs(self._stop):
                 self._room.acquire()
                 if self._stop.is_set():
-                    return
+                    break
                 self._planned.put(self._readers.submit(job))
+            self._plan.set_result(None)
+        except BaseException as error:  # noqa: BLE001  # whatever it is, `results` raises it
+            self._plan.set_exception(error)
         finally:
             self._planned.put(None)
 
@@ -85,5 +93,5 @@ class _Run(Generic[Step]):
     def close(self) -> None:
         self._stop.set()
         self._room.release()
-        self._planner.shutdown(wait=True)
+        self._planner.join()
         self._readers.shutdown(wait=True, cancel_futures=True)

@@ -61,7 +61,7 @@ def group_records(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 def data_id(record: Record, number: int) -> str:
     """The record's prompt id, as text."""
-    if not isinstance(record, Mapping) or "data_id" not in record:
+    if not isinstance(record, Mapping) or record.get("data_id") is None:
         raise InvalidTrajectoryError(f"record {number} has no data_id: not a published trajectory or training file")
     return str(record["data_id"])
 
@@ -81,7 +81,7 @@ def from_records(group: Sequence[Record], block_size: int, end_ids: Sequence[int
             )
         prompt = _tokens(blocks[0]["prompt_ids"])
         iterates = [[_tokens(i)[-block_size:] for i in block["answer_trajectory_ids"]] for block in blocks]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InvalidTrajectoryError(f"{prompt_id!r}: not a published trajectory record ({error!r})") from error
     return _assemble(prompt_id, prompt, iterates, block_size, end_ids)
 
@@ -97,7 +97,7 @@ def from_training_row(row: Record, block_size: int, end_ids: Sequence[int] = ())
         prompt = _tokens(row["prompt_ids"])
         sequence = _tokens(row["complete_training_sequence_ids"])[len(prompt) :]
         blocks = len(row["traj_position_indices"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InvalidTrajectoryError(f"{prompt_id!r}: not a published training row ({error!r})") from error
     if len(sequence) != 2 * blocks * block_size:
         raise InvalidTrajectoryError(

@@ -6,6 +6,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -149,16 +151,13 @@ class TrajectoryReader:
     def scan(self) -> Iterator[Trajectory]:
         """Every row once, in the order they are stored in: the fastest way to read a whole round."""
         layout = self._layout
-        index = layout.index
-        order = np.lexsort((index.rows, index.batches, index.shards))
-        starts = np.flatnonzero(np.diff(index.shards[order], prepend=-1) | np.diff(index.batches[order], prepend=-1))
-        for places in np.split(order, starts[1:]) if len(order) else ():
+        for shard, number, places in _record_batches(layout.index):
             try:
-                batch = layout.decode(int(index.shards[places[0]]), int(index.batches[places[0]]))
+                batch = layout.decode(shard, number)
             except MissingShardError:
                 yield from (self[i] for i in places.tolist())
                 continue
-            yield from (batch[row] for row in index.rows[places].tolist())
+            yield from (batch[row] for row in layout.index.rows[places].tolist())
 
     def columns(self, *names: str) -> Iterator[pa.RecordBatch]:
         """Some columns (schema.COLUMNS) of every row once, in the order they are stored in; no others are fetched.
@@ -170,16 +169,10 @@ class TrajectoryReader:
         if unknown := set(names) - set(COLUMNS):
             raise KeyError(f"no columns {sorted(unknown)}; there are {', '.join(COLUMNS)}")
         layout = self._layout
-        index = layout.index
-        for shard, entry in enumerate(layout.manifest.shards):
-            rows_of_shard = index.shards == shard
-            if not rows_of_shard.any():
-                continue
-            file = ShardFile(self._folder, entry.name, names, self._verify)
-            for number in range(file.batches):
-                rows = np.sort(index.rows[rows_of_shard & (index.batches == number)])
-                if len(rows):
-                    yield file.read_batch(number).take(pa.array(rows))
+        for shard, batches in groupby(_record_batches(layout.index), key=itemgetter(0)):
+            file = ShardFile(self._folder, layout.manifest.shards[shard].name, names, self._verify)
+            for _, number, places in batches:
+                yield file.read_batch(number).take(pa.array(layout.index.rows[places]))
 
     def prompt_id(self, i: int) -> str:
         """Prompt id of row i, without reading the row."""
@@ -199,6 +192,14 @@ class TrajectoryReader:
             raise cause
         self._layout = present_layout(self._folder, manifest, self._verify, self._cache_bytes)
         return self._layout
+
+
+def _record_batches(index: RowIndex) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:
+    """Shard, number and rows (positions in the index, in stored order) of each record batch that has any."""
+    order = np.lexsort((index.rows, index.batches, index.shards))
+    starts = np.flatnonzero(np.diff(index.shards[order], prepend=-1) | np.diff(index.batches[order], prepend=-1))
+    for places in np.split(order, starts[1:]) if len(order) else ():
+        yield int(index.shards[places[0]]), int(index.batches[places[0]]), places
 
 
 def present_layout(folder: Folder, manifest: Manifest, verify: bool, cache_bytes: int) -> Layout:

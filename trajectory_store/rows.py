@@ -56,8 +56,17 @@ class SealedRows:
         return ~np.isin(rows, self._rejected)
 
     def __getitem__(self, row: int) -> Trajectory:
-        """The trajectory of a row that is present."""
-        return self.reader[row - int(np.searchsorted(self._rejected, row))]
+        """The trajectory of a row that is present.
+
+        Raises:
+            StoreError: it is of a prompt that was given up on.
+        """
+        before = int(np.searchsorted(self._rejected, row))
+        if before < len(self._rejected) and self._rejected[before] == row:
+            raise StoreError(
+                f"{self.reader.where}: {self._given_up[before]!r}, row {row}, was given up on: no trajectory"
+            )
+        return self.reader[row - before]
 
     @property
     def provenance(self) -> Provenance:

@@ -94,16 +94,17 @@ class RowBatch:
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self.rows = batch.num_rows
-        self.nbytes = batch.nbytes
         self._ids = batch.column("prompt_id").to_pylist()
         self._finished = batch.column("finished").to_pylist()
         parts = []
         for name in LIST_COLUMNS:
             column = batch.column(name)
             offsets = column.offsets.to_numpy().tolist()
-            parts.append(
-                (column.values.to_numpy().astype(np.int32, copy=False), list(map(slice, offsets, offsets[1:])))
-            )
+            values = column.values.to_numpy().astype(np.int32, copy=False)
+            values.flags.writeable = False  # Arrow's memory is so already, a copy of 16-bit tokens is not
+            parts.append((values, list(map(slice, offsets, offsets[1:]))))
+        # In memory, where tokens that are stored in 16 bits take 32.
+        self.nbytes = sum(values.nbytes for values, _ in parts)
         (self._prompt, self._prompts), (self._response, self._responses), *rest = parts
         (self._iterations, self._steps), (self._accepted, self._prefixes), (self._tails, self._ends) = rest
 

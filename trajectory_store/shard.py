@@ -173,7 +173,7 @@ class ShardFile:
         def read() -> pa.RecordBatch:
             got = self._reader.get_batch_with_custom_metadata(number)
             if self._verify and (name := damaged_column(got.batch, got.custom_metadata, self._place, number)):
-                raise CorruptShardError(f"{self.where}: column {name} of record batch {number} is damaged")
+                raise ValueError(f"its column {name} does not have its checksum")
             return got.batch
 
         return self._attempt(f"record batch {number} cannot be read", read)

@@ -120,13 +120,18 @@ class Round:
         """Record that a prompt was given up on. Repeating it changes nothing; the first reason stays.
 
         Raises:
+            InvalidNameError: the prompt id cannot be written as UTF-8.
             RoundSealedError: the round is sealed.
         """
         self.require_unsealed()
         name = _reject_name(prompt_id)
         record = json.dumps({"prompt_id": prompt_id, "reason": reason}, sort_keys=True) + "\n"
-        self.folder.child(REJECTS_FOLDER).create(name, record.encode())
-        withdraw_seal(self.folder)
+        created = self.folder.child(REJECTS_FOLDER).create(name, record.encode())
+        too_late = withdraw_seal(self.folder)
+        if too_late and created and self._has_uncounted_rejects():
+            # Sealed between the check and the record, which would change the numbers of the round's rows.
+            self.folder.child(REJECTS_FOLDER).delete(name)
+            raise RoundSealedError(f"{self.folder.path} was sealed while {prompt_id!r} was being given up on")
 
     def rejects(self) -> dict[str, str]:
         """Reason by prompt id for every prompt given up on."""
@@ -142,6 +147,12 @@ class Round:
             except (ValueError, KeyError, TypeError) as error:
                 raise CorruptShardError(f"{folder.path_of(name)} is not a readable reject record ({error})") from error
         return dict(self._known_rejects[name] for name in names)
+
+    def _has_uncounted_rejects(self) -> bool:
+        """Whether more prompts of the sealed round are given up on than when it was sealed."""
+        reader = self.reader(verify=False)
+        without_row = sum(reader.index.find(prompt_id) is None for prompt_id in self.rejects())
+        return without_row > reader.manifest.rejects
 
     def forget_rejects(self, prompt_ids: Iterable[str]) -> None:
         """Delete the records of prompts given up on, so that collecting the round tries them again.
@@ -294,7 +305,11 @@ class Round:
 
 
 def _reject_name(prompt_id: str) -> str:
-    return hashlib.blake2b(prompt_id.encode(), digest_size=16).hexdigest() + ".json"
+    try:
+        encoded = prompt_id.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidNameError(f"prompt id {prompt_id!r} cannot be written as UTF-8") from error
+    return hashlib.blake2b(encoded, digest_size=16).hexdigest() + ".json"
 
 
 def _hash(prompt_id: str) -> int:

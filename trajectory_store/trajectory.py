@@ -96,7 +96,7 @@ def block_lengths(response_tokens: int, block_size: int) -> IntArray:
 
 
 def normalised(trajectory: Trajectory, block_size: int) -> Trajectory:
-    """The trajectory with every array as contiguous little-endian int32, checked for consistency.
+    """The trajectory with every array copied to contiguous little-endian int32, checked for consistency.
 
     Raises:
         InvalidTrajectoryError: names the first field that contradicts another.
@@ -149,7 +149,7 @@ def require_vocabulary(trajectory: Trajectory, size: int) -> None:
 def _int32(prompt_id: str, name: str, values: object) -> IntArray:
     array = np.asarray(values)
     if array.dtype == np.dtype("<i4") and array.ndim == 1:
-        return np.ascontiguousarray(array)
+        return array.copy()  # the caller may go on writing into its own
     if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
         raise InvalidTrajectoryError(
             f"{prompt_id!r}: {name} must be one-dimensional integers, got {array.dtype}{list(array.shape)}"
@@ -158,7 +158,7 @@ def _int32(prompt_id: str, name: str, values: object) -> IntArray:
         limit = np.iinfo(np.int32)
         if array.size and (array.min() < limit.min or array.max() > limit.max):
             raise InvalidTrajectoryError(f"{prompt_id!r}: {name} holds values that do not fit int32")
-    return np.ascontiguousarray(array, dtype="<i4")
+    return np.array(array, dtype="<i4")
 
 
 def digest(trajectory: Trajectory) -> bytes:

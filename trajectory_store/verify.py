@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Literal
+
+from pyarrow import ipc
 
 from trajectory_store.checksums import checksum_of_pieces
 from trajectory_store.errors import CorruptShardError, ProvenanceMismatchError, SchemaVersionError, StoreError
@@ -12,7 +14,7 @@ from trajectory_store.local_files import TEMPORARY_PREFIX
 from trajectory_store.manifest import Manifest, RowIndex
 from trajectory_store.provenance import Provenance
 from trajectory_store.schema import COLUMNS, RowBatch
-from trajectory_store.seal import canonical_index, shard_summary
+from trajectory_store.seal import build_manifest
 from trajectory_store.shard import ShardFile, ShardName
 from trajectory_store.state import MANIFEST_NAME
 from trajectory_store.store import PROVENANCE_NAME, Round
@@ -53,12 +55,13 @@ def verify_round(round_: Round) -> Iterator[Finding]:
             yield Finding("note", name, "the manifest does not name it; ignored by readers")
         else:
             yield from _verify_shard(round_, name, parsed, provenance)
-    if manifest:
-        yield from _verify_index(round_, manifest)
+    rejected = None
     try:
-        round_.rejects()
+        rejected = set(round_.rejects())
     except StoreError as error:
         yield Finding("bad", "rejects", str(error))
+    if manifest:
+        yield from _verify_manifest(round_, manifest, sizes, rejected)
 
 
 def _verify_shard(round_: Round, name: str, parsed: ShardName, provenance: Provenance) -> Iterator[Finding]:
@@ -79,15 +82,23 @@ def _verify_shard(round_: Round, name: str, parsed: ShardName, provenance: Prove
         yield Finding("bad", name, str(error))
 
 
-def _verify_index(round_: Round, manifest: Manifest) -> Iterator[Finding]:
+def _verify_manifest(
+    round_: Round, manifest: Manifest, sizes: Mapping[str, int], rejected: set[str] | None
+) -> Iterator[Finding]:
+    """Compare index and manifest with those the files would give now; `rejected` is None where that is unknown."""
     try:
         index = RowIndex(round_.folder, manifest)
-        names = [shard.name for shard in manifest.shards]
-        summaries = [shard_summary(round_.folder, name, i, manifest.provenance) for i, name in enumerate(names)]
+        counted = {shard.name: sizes.get(shard.name, 0) for shard in manifest.shards}
+        rebuilt, content = build_manifest(round_.folder, counted, manifest.provenance, rejected or set())
     except StoreError as error:
         # Damaged shards are named already; an index cannot be compared with them.
         if manifest.index in str(error):
             yield Finding("bad", manifest.index, str(error))
         return
-    if not canonical_index(summaries).equals(index.table):
+    if not ipc.open_file(content).read_all().equals(index.table):
         yield Finding("bad", manifest.index, "it does not list the rows the shards hold")
+    compared = {field.name for field in fields(Manifest)} - {"index", "created_at"}
+    if rejected is None:
+        compared.remove("rejects")
+    if wrong := sorted(name for name in compared if getattr(rebuilt, name) != getattr(manifest, name)):
+        yield Finding("bad", MANIFEST_NAME, f"what it says of {', '.join(wrong)} is not so")

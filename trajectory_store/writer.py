@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, get_args
 
 from trajectory_store.errors import InvalidNameError, RoundSealedError, StoreError, StoreUnavailableError
 from trajectory_store.local_files import host_name
@@ -50,6 +50,8 @@ class TrajectoryWriter:
             writer_id = f"{host_name()}_{os.getpid()}_{secrets.token_hex(3)}"
         if not re.fullmatch(r"[A-Za-z0-9_.]{1,80}", writer_id):
             raise InvalidNameError(f"writer id {writer_id!r} must be 1 to 80 letters, digits, '_' or '.'")
+        if codec not in get_args(Codec):  # seen now rather than when the first rows are encoded, and lost by it
+            raise ValueError(f"codec must be one of {', '.join(get_args(Codec))}, got {codec!r}")
         if shard_bytes < 1:
             raise ValueError(f"shard_bytes must be positive, got {shard_bytes}")
         self.writer_id = writer_id

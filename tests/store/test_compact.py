@@ -121,6 +121,25 @@ def test_a_shard_that_is_really_gone_is_missed(sealed: Round) -> None:
         compact_round(sealed)
 
 
+@pytest.mark.parametrize("written", range(2))
+def test_one_that_fails_takes_its_shards_away(sealed: Round, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
+    """Else every try on a full disk would leave it fuller."""
+    files = sealed.folder.entries()
+    publish, left = Folder.publish, written
+
+    def full_after_some(self: Folder, name: str, content: object) -> None:
+        nonlocal left
+        if left == 0:
+            raise StoreUnavailableError("No space left on device")
+        left -= 1
+        publish(self, name, content)
+
+    monkeypatch.setattr(Folder, "publish", full_after_some)
+    with pytest.raises(StoreUnavailableError, match="No space"):
+        compact_round(sealed, shard_bytes=1)
+    assert sealed.folder.entries() == files
+
+
 @pytest.mark.parametrize("step", range(4))
 def test_interrupted_anywhere_the_round_is_whole(sealed: Round, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Stopped before the k-th file appears (shard, index, manifest) or, with all published, before the first delete."""

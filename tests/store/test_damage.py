@@ -117,6 +117,28 @@ def test_a_manifest_names_no_file_elsewhere(sealed: Round, kind: str, name: obje
     assert bad_names(sealed) == ["manifest.json"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"content_hash": "0" * 64}, {"response_tokens": 5}, {"iterations": 1}, {"blocks": 1}, {"rejects": 1}],
+    ids=str,
+)
+def test_a_manifest_that_says_something_else_of_the_round_is_noticed(sealed: Round, change: dict[str, object]) -> None:
+    manifest = Path(sealed.folder.path_of("manifest.json"))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    [finding] = verify_round(sealed)
+    assert (finding.severity, finding.name) == ("bad", "manifest.json")
+    assert next(iter(change)) in finding.what
+
+
+def test_a_manifest_that_says_something_else_of_a_shard_is_noticed(sealed: Round) -> None:
+    manifest = Path(sealed.folder.path_of("manifest.json"))
+    checksum = sealed.manifest.shards[0].checksum
+    manifest.write_text(manifest.read_text().replace(f'"checksum": "{checksum}"', '"checksum": "0"'))
+    assert [(finding.name, finding.what) for finding in verify_round(sealed)] == [
+        ("manifest.json", "what it says of shards is not so")
+    ]
+
+
 def test_foreign_and_leftover_files_are_no_data(round_: Round, provenance: Provenance) -> None:
     with round_.writer(provenance) as writer:
         writer.append(make_trajectory("a"))

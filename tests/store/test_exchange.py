@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.store.conftest import BLOCK_SIZE, make_provenance, make_trajectory
@@ -113,6 +115,7 @@ def test_training_rows(other: Round, tmp_path: Path) -> None:
         ({"diffusion_itr_id": "x"}, "no number"),
         ({"answer_trajectory_ids": [[1, 2], [1, 2, 3]]}, "lengths"),
         ({"answer_trajectory_ids": "no"}, "not a published"),
+        ({"prompt_ids": [1 << 40]}, "not a published"),
     ],
 )
 def test_bad_records_are_named(change: dict[str, object], message: str) -> None:
@@ -127,6 +130,8 @@ def test_scattered_records_are_refused() -> None:
         list(group_records([a[0], b[0], a[1]]))
     with pytest.raises(InvalidTrajectoryError, match="no data_id"):
         list(group_records([{"x": 1}]))
+    with pytest.raises(InvalidTrajectoryError, match="no data_id"):
+        list(group_records([{"data_id": None}]))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +167,9 @@ def test_a_failed_export_leaves_no_file(sealed: Round, tmp_path: Path) -> None:
         export_round(reader, tmp_path / "out.jsonl", "jsonl")
     with pytest.raises(StoreError, match="nowhere"):
         export_round(reader, tmp_path / "nowhere" / "out.jsonl", "jsonl")
+    for folder in (tmp_path, Path()):
+        with pytest.raises(StoreError, match="it is a folder"):
+            export_round(reader, folder, "jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
 
 
@@ -175,6 +183,80 @@ def test_a_file_without_rows_is_refused(other: Round, tmp_path: Path, provenance
         import_file(path, other, provenance, "jsonl")
     with pytest.raises(StoreError, match="not a Parquet"):
         import_file(path, other, provenance, "parquet")
+
+
+def exported(**changes: object) -> dict[str, object]:
+    """A row as `export --format jsonl` writes it."""
+    arrays = {"prompt": [1], "response": [1, 2], "iterations": [1], "accepted": [1], "tails": [5]}
+    return {"prompt_id": "a", "finished": True} | arrays | changes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tails": [5.5]}, {"tails": [1 << 40]}, {"prompt": [True]}, {"finished": "no"}, {"finished": None}],
+    ids=str,
+)
+def test_values_are_taken_as_they_are_or_not_at_all(
+    other: Round, tmp_path: Path, provenance: Provenance, change: dict[str, object]
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(exported(prompt_id="good")) + "\n" + json.dumps(exported(**change)))
+    assert import_file(path, other, provenance, "jsonl").rejected == 1
+    assert next(iter(change)) in other.rejects()["a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"prompt_id": None}, "row 0 has no prompt_id"), ({"prompt_id": "\ud800"}, "UTF-8")]
+)
+def test_rows_that_cannot_be_named_stop_an_import(
+    other: Round, tmp_path: Path, provenance: Provenance, change: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(exported(**change)))
+    with pytest.raises(StoreError, match=message):
+        import_file(path, other, provenance, "jsonl")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt_id": None}, {"prompt": "text"}, {"prompt": None}, {"tails": [1 << 40]}, {"tails": [5.5]}],
+    ids=str,
+)
+def test_parquet_of_other_types_is_refused(
+    other: Round, tmp_path: Path, provenance: Provenance, change: dict[str, object]
+) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist([exported(**change)]), path)
+    with pytest.raises(StoreError, match="not a Parquet export"):
+        import_file(path, other, provenance, "parquet")
+
+
+def test_parquet_of_wider_types_is_read(other: Round, tmp_path: Path, provenance: Provenance) -> None:
+    path = tmp_path / "x.parquet"
+    wide = pa.large_list(pa.int64())
+    table = pa.Table.from_pylist([exported()])
+    columns = [field.with_type(wide) if pa.types.is_list(field.type) else field for field in table.schema]
+    pq.write_table(table.cast(pa.schema(columns)), path)
+    import_file(path, other, provenance, "parquet")
+    other.seal(provenance)
+    assert other.reader()[0].tails.tolist() == [5]
+
+
+def test_a_file_that_is_not_there_leaves_no_round(other: Round, tmp_path: Path, provenance: Provenance) -> None:
+    for form in ("jsonl", "parquet", "trajectories", "training"):
+        with pytest.raises(StoreError, match="nowhere"):
+            import_file(tmp_path / "nowhere", other, provenance, form)
+    assert other.folder.entries() == {}
+
+
+def test_rows_of_one_prompt_that_do_not_count_are_told(
+    other: Round, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(exported()) + "\n" + json.dumps(exported(prompt=[2])))
+    assert main(["import", str(path), other.folder.path, "--block-size", "8"]) == 0
+    assert "1 rows from" in (said := capsys.readouterr().out)
+    assert "1 of a prompt that has another row" in said
 
 
 def test_the_commands(sealed: Round, other: Round, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

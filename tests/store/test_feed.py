@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -167,3 +169,37 @@ def test_reading_ahead_hides_the_reading(reader: TrajectoryReader, monkeypatch: 
             time.sleep(0.06)  # the training step
             began = time.monotonic()
     assert waited < 0.06
+
+
+def test_an_iteration_that_was_broken_off_keeps_no_steps(reader: TrajectoryReader) -> None:
+    feed = TrajectoryFeed(reader, seed=5, samples=12)
+    for _ in range(3):
+        for _ in feed:
+            break
+    assert feed._runs == []
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        "round_.seal(provenance); steps = iter(TrajectoryFeed(round_.reader(), seed=0, samples=1))",
+        "steps = iter(RoundFollower(round_, samples=1, poll_s=0.01)); time.sleep(0.1)",
+    ],
+    ids=["feed", "follower"],
+)
+def test_a_process_that_fails_while_steps_are_read_ahead_ends(tmp_path: Path, begin: str) -> None:
+    script = f"""
+import time
+from tests.store.conftest import make_provenance, make_trajectory
+from trajectory_store import RoundFollower, TrajectoryFeed, TrajectoryStore
+round_, provenance = TrajectoryStore({str(tmp_path)!r}).round(1), make_provenance()
+with round_.writer(provenance) as writer:
+    for i in range(9):
+        writer.append(make_trajectory(f"p{{i}}"))
+{begin}
+next(steps)
+raise RuntimeError("training failed")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "training failed" in ended.stderr

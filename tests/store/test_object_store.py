@@ -22,7 +22,9 @@ from trajectory_store import (
     TrajectoryStore,
 )
 from trajectory_store.__main__ import main
+from trajectory_store.compact import compact_round
 from trajectory_store.folder import Folder
+from trajectory_store.state import announce_seal
 from trajectory_store.verify import verify_round
 
 moto_s3_backends = pytest.importorskip("moto.s3.models").s3_backends
@@ -159,6 +161,51 @@ def test_a_request_that_fails_is_no_damage(s3: Round, provenance: Provenance, mo
     failing = 3
     with pytest.raises(StoreUnavailableError, match="is intact, but"):
         list(s3.reader())
+
+
+@pytest.mark.parametrize("change", ["seal", "compact"])
+def test_a_manifest_replaced_while_it_is_read(
+    s3: Round, provenance: Provenance, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    for i in range(3):
+        write(s3, provenance, [f"p{i}"], writer_id=f"w{i}")
+    if change == "compact":
+        s3.seal(provenance)
+    else:
+        announce_seal(s3.folder)
+    original = Folder.open
+
+    def open_and_replace(folder: Folder, name: str) -> object:
+        file = original(folder, name)
+        if name == "manifest.json":
+            monkeypatch.setattr(Folder, "open", original)
+            # Shards with longer names, so that the manifest becomes longer than the one whose length was asked for.
+            compact_round(s3, shard_bytes=1) if change == "compact" else s3.seal(provenance)
+        return file
+
+    monkeypatch.setattr(Folder, "open", open_and_replace)
+    assert s3.manifest.rows == 3
+
+
+def test_bytes_that_arrive_damaged_are_fetched_again(
+    s3: Round, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(s3, provenance, ["a"])
+    s3.seal(provenance)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    answers = iter(["tails", None])
+    monkeypatch.setattr("trajectory_store.shard.damaged_column", lambda *_: next(answers))
+    assert [t.prompt_id for t in s3.reader()] == ["a"]
+
+
+def test_an_index_that_finds_no_room_here_is_reported(
+    s3: Round, provenance: Provenance, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write(s3, provenance, ["a"])
+    s3.seal(provenance)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(StoreUnavailableError, match=r"index-.*TMPDIR"):
+        s3.reader()
 
 
 STREAM = """

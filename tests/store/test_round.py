@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,17 @@ def test_a_writer_ignores_an_id_it_has_buffered(round_: Round, provenance: Prove
         writer.append(make_trajectory("p"))
         writer.append(make_trajectory("p"))
     assert writer.committed_rows == 1
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_arrays_may_be_reused_once_they_are_appended(round_: Round, provenance: Provenance, dtype: type) -> None:
+    expected = make_trajectory("p", response_tokens=20)
+    response = expected.response.astype(dtype)
+    with round_.writer(provenance) as writer:
+        writer.append(replace(expected, response=response))
+        response[:] = 0
+    round_.seal(provenance)
+    assert round_.reader()[0] == expected
 
 
 def test_an_exception_publishes_nothing(round_: Round, provenance: Provenance) -> None:
@@ -231,6 +243,14 @@ def test_rounds_count_from_one(store: TrajectoryStore, number: int) -> None:
 def test_writer_ids_are_validated(round_: Round, provenance: Provenance, writer_id: str) -> None:
     with pytest.raises(InvalidNameError):
         round_.writer(provenance, writer_id=writer_id)
+
+
+@pytest.mark.parametrize("codec", ["gzip", None])
+def test_an_unknown_codec_is_refused_before_rows_depend_on_it(
+    round_: Round, provenance: Provenance, codec: object
+) -> None:
+    with pytest.raises(ValueError, match="zstd, lz4, none"):
+        round_.writer(provenance, codec=codec)  # type: ignore[arg-type]
 
 
 def test_provenance_of_another_round_is_refused(round_: Round) -> None:

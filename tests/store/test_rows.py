@@ -45,6 +45,9 @@ def test_sealed_rows_are_numbered_among_all_prompts(round_: Round, provenance: P
     assert rows.present(ALL).tolist() == [prompt_id not in REJECTED for prompt_id in IDS]
     assert [rows[int(i)].prompt_id for i in ALL[rows.present(ALL)]] == [i for i in IDS if i not in REJECTED]
     assert rows.prompts_digest() == digest_of(IDS) != digest_of(IDS[1:])
+    for i in ALL[~rows.present(ALL)].tolist():
+        with pytest.raises(StoreError, match=f"'{IDS[i]}'.*given up on"):
+            _ = rows[i]
 
 
 def test_rounds_joined_are_one_after_the_other_each_row_with_its_own_origin(

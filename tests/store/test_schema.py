@@ -97,6 +97,23 @@ def test_a_small_vocabulary_is_stored_in_16_bits(round_: Round, provenance: Prov
     assert compact_round(round_).content_hash == before.content_hash
 
 
+@pytest.mark.parametrize("vocabulary_size", [512, None])
+def test_rows_that_are_read_cannot_be_written_to(
+    round_: Round, provenance: Provenance, vocabulary_size: int | None
+) -> None:
+    """They are views into what the reader keeps and gives out again; 16-bit tokens are kept in 32 bits."""
+    with round_.writer(provenance, vocabulary_size=vocabulary_size) as writer:
+        writer.append(make_trajectory("a", response_tokens=20))
+    round_.seal(provenance)
+    reader = round_.reader()
+    row = reader[0]
+    with pytest.raises(ValueError, match="read-only"):
+        row.response[0] += 1
+    assert reader[0] == make_trajectory("a", response_tokens=20)
+    arrays = (row.prompt, row.response, row.iterations, row.accepted, row.tails)
+    assert reader._layout._cached_bytes == sum(array.nbytes for array in arrays)
+
+
 def test_manifests_of_other_versions(round_: Round, provenance: Provenance) -> None:
     text = round_.seal(provenance).to_json()
     values = json.loads(text)

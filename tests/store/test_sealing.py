@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,29 @@ def test_a_commit_during_a_seal_is_in_it(place: Round, provenance: Provenance, m
     monkeypatch.setattr(store_module, "build_manifest", build)
     assert place.seal(provenance).rows == 2
     assert listed == 2
+    assert list(verify_round(place)) == []
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["before the record", "after it"])
+def test_a_reject_during_a_seal_is_in_it_or_refused(
+    place: Round, provenance: Provenance, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    place.reject("a", "too long")
+    create = Folder.create
+
+    def seal_meanwhile(folder: Folder, name: str, content: object) -> bool:
+        monkeypatch.setattr(Folder, "create", create)
+        if late:
+            place.seal(provenance)
+        created = create(folder, name, content)
+        if not late:
+            place.seal(provenance)
+        return created
+
+    monkeypatch.setattr(Folder, "create", seal_meanwhile)
+    with pytest.raises(RoundSealedError, match="while 'b' was") if late else nullcontext():
+        place.reject("b", "too long")
+    assert place.rejects().keys() == ({"a"} if late else {"a", "b"})
     assert list(verify_round(place)) == []
 
 

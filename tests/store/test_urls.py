@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from trajectory_store import StoreUnavailableError, TrajectoryStore, without_secrets
+from trajectory_store import InvalidNameError, StoreUnavailableError, TrajectoryStore, without_secrets
 from trajectory_store.__main__ import main
 
 
@@ -42,6 +44,13 @@ def test_what_gives_access_is_left_out(url: str, shown: str) -> None:
 )
 def test_the_rest_is_left_alone(url: str) -> None:
     assert without_secrets(url) == url
+
+
+@pytest.mark.parametrize("url", [Path("s3://key:word@bucket/store"), "s3:/bucket/store", "file:/tmp/store"])
+def test_a_url_that_lost_a_slash_is_no_local_folder(url: str | Path) -> None:
+    with pytest.raises(InvalidNameError, match=r"two slashes: .*://") as refused:
+        TrajectoryStore(url)
+    assert "word" not in str(refused.value)
 
 
 def test_a_store_that_cannot_be_opened_is_named_without_its_key(capsys: pytest.CaptureFixture[str]) -> None:
