@@ -128,6 +128,8 @@ class Replica:
         asked = parse(CompletionRequest, await request.body())
         assert isinstance(asked, CompletionRequest)
         prompt = asked.prompt if isinstance(asked.prompt, list) else self.loaded.plain(asked.prompt)
+        if not prompt:
+            raise RequestError("prompt: it is empty", field="prompt")
         vocabulary = self.loaded.model.config.vocab_size
         if any(not 0 <= token < vocabulary for token in prompt):
             raise RequestError(f"prompt: token ids must lie in 0 … {vocabulary - 1}", field="prompt")
