@@ -130,7 +130,8 @@ def serve(
         if gpus is None:
             gpus = 1.0 if torch.cuda.is_available() else 0.0
         options = Options(
-            model=model, name=name or Path(model).name, decoding=decoding, loading=loading, host=host, port=port,
-            replicas=replicas, cpus=cpus, gpus=gpus, rows=rows, queue=queue, context_tokens=context,
+            model=model, name=name or Path(model).name or Path.cwd().name,
+            decoding=decoding, loading=loading, host=host, port=port, replicas=replicas,
+            cpus=cpus, gpus=gpus, rows=rows, queue=queue, context_tokens=context,
         )  # fmt: skip
         run_server(options, lambda line: typer.echo(line, err=True))

@@ -51,6 +51,21 @@ class DecodingOptions:
     blocks: Annotated[int | None, typer.Option(help="Blocks in flight K of multiblock.")] = None
     pool: Annotated[int | None, typer.Option(help="Recycled candidates of multiblock.")] = None
 
+    def check(self) -> None:
+        """Refuse what no model decodes with.
+
+        Raises:
+            ConfigError: an unknown mode or settings out of range.
+        """
+        from jf_cluster.jacobi.calibration import AUTO
+        from jf_cluster.jacobi.drafts import Drafting
+
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        try:
+            Drafting(**given | ({"mode": "jacobi"} if self.mode == AUTO else {}))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
 
 @dataclass(frozen=True)
 class ResponseOptions:
