@@ -57,6 +57,8 @@ def generate(
     with clear_errors():
         if not prompts.is_file():
             raise ConfigError(f"there is no file {prompts}")
+        if output.is_dir():
+            raise ConfigError(f"{output} is a directory: name a file in it to write")
         if not output.parent.is_dir():
             raise ConfigError(f"there is no directory {output.parent} to write to")
         loaded = loading.load(model, device)

@@ -75,7 +75,7 @@ class ResponseOptions:
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
     top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0
     top_p: Annotated[float, typer.Option(help="1 keeps all tokens.")] = 1.0
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0
     stop: Annotated[list[str] | None, typer.Option("--stop", help="String that ends a response; may be repeated.")] = (
         None
     )
