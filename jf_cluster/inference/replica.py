@@ -110,8 +110,9 @@ class Replica:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def _health(self, _: Request) -> Response:
-        busy = self.scheduler.occupied
-        return JSONResponse({"alive": self.scheduler.alive, "requests": busy, "decoding": self.explanation})
+        alive, busy = self.scheduler.alive, self.scheduler.occupied
+        said = {"alive": alive, "requests": busy, "decoding": self.explanation}
+        return JSONResponse(said, status_code=200 if alive else 503)  # who asks looks at the status
 
     async def _chat(self, request: Request) -> Response:
         asked = parse(ChatRequest, await request.body())

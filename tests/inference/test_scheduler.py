@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from jf_cluster.inference.loaded import Loaded
+from jf_cluster.inference.replica import Replica
 from jf_cluster.inference.scheduler import BusyError, Scheduler, StoppedError, Ticket
 from jf_cluster.jacobi.decoding import PromptError, generate
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
@@ -90,6 +93,10 @@ def test_what_does_not_fit_is_refused_and_a_stopped_scheduler_says_so(loaded: Lo
                 await read(scheduler, ticket)
         with pytest.raises(StoppedError):
             scheduler.submit([1], max_new_tokens=2, sampling=GREEDY, key=0)
+
+        replica = SimpleNamespace(scheduler=scheduler, explanation="")
+        answer = await Replica.func_or_class._health(replica, None)
+        assert answer.status_code == 503 and json.loads(answer.body)["alive"] is False
 
     asyncio.run(ask())
     assert not scheduler.alive
