@@ -112,7 +112,7 @@ class _Request(_Strict):
 
     @property
     def key(self) -> int:
-        """Key of the sampling's noise: the same seed gives the same answer to the same prompt, also under load."""
+        """Key of the sampling's noise: in float32 the same seed gives the same answer, also under load."""
         return secrets.randbits(62) if self.seed is None else self.seed & (2**62 - 1)
 
     @property

@@ -1,6 +1,6 @@
 """``python -m jf_cluster serve``: OpenAI's protocol over HTTP on Ray Serve, on 127.0.0.1 unless told otherwise.
 
-A replica's answers are the ones AR would give with the same seed, whatever else is being decoded beside them.
+In float32 a replica's answers are the ones AR would give with the same seed, whatever else is decoded beside them.
 """
 
 from __future__ import annotations
