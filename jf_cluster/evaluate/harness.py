@@ -55,6 +55,12 @@ class JacobiLM(HFLM):  # type: ignore[misc]
         self.drafting: Drafting | Auto = (
             AUTO if drafting == AUTO else Drafting(drafting, block_size, blocks, spawn_ratio, pool)  # type: ignore[arg-type]
         )
+        if (penalty := self.model.generation_config.repetition_penalty) not in (None, 1.0):
+            logger.warning(
+                "the checkpoint's own generation settings have a repetition penalty of %s, which --model hf applies "
+                "and the decoder does not have: answers will differ from hf's",
+                penalty,
+            )
         self.seed = seed
         self.tokens = self.forwards = 0
 

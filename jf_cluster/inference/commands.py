@@ -57,6 +57,8 @@ def generate(
     with clear_errors():
         if not prompts.is_file():
             raise ConfigError(f"there is no file {prompts}")
+        if output.is_dir():
+            raise ConfigError(f"{output} is a directory: name a file in it to write")
         if not output.parent.is_dir():
             raise ConfigError(f"there is no directory {output.parent} to write to")
         loaded = loading.load(model, device)
@@ -130,7 +132,8 @@ def serve(
         if gpus is None:
             gpus = 1.0 if torch.cuda.is_available() else 0.0
         options = Options(
-            model=model, name=name or Path(model).name, decoding=decoding, loading=loading, host=host, port=port,
-            replicas=replicas, cpus=cpus, gpus=gpus, rows=rows, queue=queue, context_tokens=context,
+            model=model, name=name or Path(model).name or Path.cwd().name,
+            decoding=decoding, loading=loading, host=host, port=port, replicas=replicas,
+            cpus=cpus, gpus=gpus, rows=rows, queue=queue, context_tokens=context,
         )  # fmt: skip
         run_server(options, lambda line: typer.echo(line, err=True))

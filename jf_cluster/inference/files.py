@@ -1,7 +1,8 @@
 """``python -m jf_cluster generate``: prompts from a file, responses into a file, batch by batch.
 
 Input is a text file with one prompt a line, or JSONL whose rows hold ``messages`` (a conversation) or a column with the
-prompt; other fields are carried over. Output is JSONL in the input's order. The file appears whole when all is done.
+prompt; other fields are carried over, save those of an earlier answer. Output is JSONL in the input's order. The file
+appears whole when all is done.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from jf_cluster.inference.loaded import Loaded, Settings
 from jf_cluster.jacobi.decoding import Generation, PromptError, check_prompt, generate
 from jf_cluster.jacobi.sampling import prompt_key
 from jf_cluster.jacobi.text import TextStream
+
+ANSWER = ("response", "finish_reason", "tokens", "forwards", "tokens_per_forward", "error")
+"""Fields of an output row that are not the input's."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def _text_fields(line: str, _: str) -> dict[str, Any]:
 def _json_fields(line: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+        json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{where}: a JSON object is needed, not {type(fields).__name__}")
@@ -85,12 +90,13 @@ def respond(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Give (index of the task, output row) as batches are done; a prompt that does not fit gets ``error`` instead."""
     fitting = []
+    carried = [{name: value for name, value in task.fields.items() if name not in ANSWER} for task in tasks]
     for index, task in enumerate(tasks):
         try:
             check_prompt(loaded.model, task.ids, settings.max_new_tokens)
             fitting.append(index)
         except PromptError as error:
-            yield index, task.fields | {"error": str(error)}
+            yield index, carried[index] | {"error": str(error)}
     fitting.sort(key=lambda i: len(tasks[i].ids))  # alike lengths together: less padding
     for at in range(0, len(fitting), batch):
         chosen = fitting[at : at + batch]
@@ -106,7 +112,7 @@ def respond(
             decode=loaded.decode,
         )
         for index, generation in zip(chosen, made, strict=True):
-            yield index, tasks[index].fields | _result(loaded, settings, tasks[index].ids, generation)
+            yield index, carried[index] | _result(loaded, settings, tasks[index].ids, generation)
 
 
 def _result(loaded: Loaded, settings: Settings, prompt: list[int], made: Generation) -> dict[str, Any]:

@@ -51,6 +51,21 @@ class DecodingOptions:
     blocks: Annotated[int | None, typer.Option(help="Blocks in flight K of multiblock.")] = None
     pool: Annotated[int | None, typer.Option(help="Recycled candidates of multiblock.")] = None
 
+    def check(self) -> None:
+        """Refuse what no model decodes with.
+
+        Raises:
+            ConfigError: an unknown mode or settings out of range.
+        """
+        from jf_cluster.jacobi.calibration import AUTO
+        from jf_cluster.jacobi.drafts import Drafting
+
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        try:
+            Drafting(**given | ({"mode": "jacobi"} if self.mode == AUTO else {}))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
 
 @dataclass(frozen=True)
 class ResponseOptions:
@@ -60,7 +75,7 @@ class ResponseOptions:
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
     top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0
     top_p: Annotated[float, typer.Option(help="1 keeps all tokens.")] = 1.0
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0
     stop: Annotated[list[str] | None, typer.Option("--stop", help="String that ends a response; may be repeated.")] = (
         None
     )

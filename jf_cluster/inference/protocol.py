@@ -36,6 +36,12 @@ class RequestError(ValueError):
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_says_nothing(cls, fields: Any) -> Any:
+        """Clients send null for what was not set, and give back an answer as a message with fields it never had."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+
 
 class StreamOptions(_Strict):
     include_usage: bool = False
@@ -106,7 +112,7 @@ class _Request(_Strict):
 
     @property
     def key(self) -> int:
-        """Key of the sampling's noise: the same seed gives the same answer to the same prompt, also under load."""
+        """Key of the sampling's noise: in float32 the same seed gives the same answer, also under load."""
         return secrets.randbits(62) if self.seed is None else self.seed & (2**62 - 1)
 
     @property
@@ -141,7 +147,8 @@ def parse(kind: type[ChatRequest] | type[CompletionRequest], body: bytes) -> Cha
         raise RequestError(f"the request has {len(body)} bytes, more than {BODY_BYTES}", status=413, code="too_large")
     try:
         fields = json.loads(body)
-    except ValueError as error:
+        json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"the request is not JSON: {error}", code="malformed_json") from error
     try:
         return kind.model_validate(fields)

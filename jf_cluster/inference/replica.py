@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 import uuid
@@ -62,6 +63,7 @@ class Replica:
         self.options, self.begun = options, int(time.time())
         threads = options.loading.threads or max(1, int(options.cpus))
         self.loaded = replace(options.loading, threads=threads).load(options.model, "cuda" if options.gpus else "cpu")
+        self.loaded.plain("")  # The first call takes a saved truncation off, which must not meet one in another thread.
         self.drafting, self.explanation = self.loaded.drafting(**asdict(options.decoding))
         self.scheduler = Scheduler(
             self.loaded,
@@ -110,14 +112,16 @@ class Replica:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def _health(self, _: Request) -> Response:
-        busy = self.scheduler.occupied
-        return JSONResponse({"alive": self.scheduler.alive, "requests": busy, "decoding": self.explanation})
+        alive, busy = self.scheduler.alive, self.scheduler.occupied
+        said = {"alive": alive, "requests": busy, "decoding": self.explanation}
+        return JSONResponse(said, status_code=200 if alive else 503)  # who asks looks at the status
 
     async def _chat(self, request: Request) -> Response:
         asked = parse(ChatRequest, await request.body())
         assert isinstance(asked, ChatRequest)
         try:
-            prompt = self.loaded.chat([m.plain for m in asked.messages])
+            # Megabytes take seconds, in which other clients' tokens are to arrive.
+            prompt = await asyncio.to_thread(self.loaded.chat, [m.plain for m in asked.messages])
         except TemplateError as error:
             raise RequestError(
                 f"messages: the model's chat template refuses them: {error}", field="messages"
@@ -127,7 +131,10 @@ class Replica:
     async def _complete(self, request: Request) -> Response:
         asked = parse(CompletionRequest, await request.body())
         assert isinstance(asked, CompletionRequest)
-        prompt = asked.prompt if isinstance(asked.prompt, list) else self.loaded.plain(asked.prompt)
+        text = asked.prompt
+        prompt = text if isinstance(text, list) else await asyncio.to_thread(self.loaded.plain, text)
+        if not prompt:
+            raise RequestError("prompt: it is empty", field="prompt")
         vocabulary = self.loaded.model.config.vocab_size
         if any(not 0 <= token < vocabulary for token in prompt):
             raise RequestError(f"prompt: token ids must lie in 0 … {vocabulary - 1}", field="prompt")

@@ -1,6 +1,6 @@
 """``python -m jf_cluster serve``: OpenAI's protocol over HTTP on Ray Serve, on 127.0.0.1 unless told otherwise.
 
-A replica's answers are the ones AR would give with the same seed, whatever else is being decoded beside them.
+In float32 a replica's answers are the ones AR would give with the same seed, whatever else is decoded beside them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from jf_cluster.listening import warn_if_open
 from jf_cluster.models import resolve, tokenizer_of
 
 STARTING_S = 600.0
+APPLICATION = "jf_cluster"
+"""What Ray Serve knows the server by."""
 
 
 def run_server(options: Options, say: Callable[[str], None]) -> None:
@@ -31,6 +33,7 @@ def run_server(options: Options, say: Callable[[str], None]) -> None:
         ModelError, ConfigError: the model or a setting cannot be used; told before Ray is started where possible.
         ClusterError: the port is taken, there are too few GPUs, or the replicas did not come up.
     """
+    options.decoding.check()
     resolve(options.model)
     tokenizer_of(options.model, options.loading.trust_remote_code)
     warn_if_open("the model's server", options.host, "leave --host out, or put a proxy with authentication in front")
@@ -61,10 +64,10 @@ def run_server(options: Options, say: Callable[[str], None]) -> None:
             ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
         )
         try:
-            handle = serve.run(replica.bind(options), name="jf_cluster", route_prefix="/")
+            handle = serve.run(replica.bind(options), name=APPLICATION, route_prefix="/")
             explanation = handle.describe.remote().result(timeout_s=STARTING_S)
         except (RuntimeError, RayServeException, TimeoutError) as error:
-            raise ClusterError(f"the server did not come up: {error}") from error
+            raise ClusterError(f"the server did not come up: {_reason() or error}") from error
         say(f"decoding: {explanation}")
         say(f"{options.name} answers at http://{options.host}:{options.port}/v1 (Ctrl-C ends it)")
         while not stopped:
@@ -82,3 +85,10 @@ def _check_gpus(options: Options) -> None:
             f"{options.replicas} replica(s) with --gpus {options.gpus:g} need {needed:g} GPU(s) and Ray has {there:g}: "
             "lower --replicas, let replicas share one (--gpus 0.5), or serve on the CPU (--gpus 0)"
         )
+
+
+def _reason() -> str:
+    """What a replica ended with, in one line; Ray Serve's exception names the deployment only. Empty where none did."""
+    there = serve.status().applications.get(APPLICATION)
+    said = [deployment.message.strip() for deployment in there.deployments.values()] if there else []
+    return next((message.splitlines()[-1] for message in said if message), "")

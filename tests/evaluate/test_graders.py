@@ -28,6 +28,12 @@ LIMITS = SandboxConfig(seconds=30)
         ("gsm8k", "Natalia sold 72.\n#### 1,072", "step\n#### 1072", True),
         ("gsm8k", "The answer is $72.00.", "#### 72", True),
         ("gsm8k", "#### $72", "#### 72", True),
+        ("gsm8k", r"#### \$72 for 3 of them", "#### 72", True),
+        ("gsm8k", "#### **72** (of 80)", "#### 72", True),
+        ("gsm8k", "#### -$72", "#### 72", False),
+        ("gsm8k", "He owes it: -$72", "#### -72", True),
+        ("gsm8k", "x = 80-72", "#### 72", True),
+        ("gsm8k", "x = -72", "#### -72", True),
         ("gsm8k", "#### 72.50", "#### 72.5", True),
         ("gsm8k", "#### -3", "#### 3", False),
         ("gsm8k", "none", "#### 3", False),
@@ -69,6 +75,30 @@ def test_the_block_that_defines_the_function_is_the_code() -> None:
     text = "```python\nprint(1)\n```\nand\n```python\ndef f():\n    return 2\n```"
     assert code_of(text, "f").startswith("def f") and code_of(text) == "print(1)"
     assert code_of("```python\ndef f(): ...") == "def f(): ..."
+    assert code_of("Use ```f```:\n```Python\nx = 1\n```\nGives\n```text\n1\n```") == "x = 1"
+
+
+BLOCK = "```python\ndef f(x):\n    return x + 1\n```\n"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"Install it:\n```bash\npip install it\n```\nThen:\n\n{BLOCK}Done.\n",
+        f"```bash\npip install it\n```\n{BLOCK}",
+        f"{BLOCK}It gives\n```\n2\n```\n",
+        "def f(x):\n    return x + 1\n```\n",
+        "def f(x):\n    return x + 1\n```\n\nThis adds one.\n",
+        f"def f(x) it is:\n{BLOCK}",
+        BLOCK.replace("\n", "\r\n"),
+        "def f(x):\n    return x + 1\n\nif __name__ == '__main__':\n    print(f(int(input())))\n",
+        "import unittest\ndef f(x):\n    return x + 1\nif __name__ == '__main__':\n    unittest.main()\n",
+    ],
+)
+def test_what_stands_beside_the_code_makes_it_neither_wrong_nor_right(response: str) -> None:
+    tests = "if __name__ == '__main__':\n    assert f(1) == 2"
+    assert is_right("code", response, tests, LIMITS)
+    assert not is_right("code", response.replace("x + 1", "x"), tests, LIMITS)
 
 
 REFERENCE = CodeReference(
@@ -85,6 +115,9 @@ REFERENCE = CodeReference(
         ("    return fsum(numbers) / len(numbers)\n\n\ndef other(:\nthis goes on and on", True),
         ("```python\ndef mean(numbers):\n    return fsum(numbers) / len(numbers)\n```", True),
         ("Sure.\n```python\n    return fsum(numbers) / len(numbers)\n```\nIt sums.", True),
+        ("    return fsum(numbers) / len(numbers)\n```\n\nIt sums.\n", True),
+        ("    return fsum(numbers) / len(numbers)\n\n\ndef mean(numbers):\n    return 0\n", True),
+        ("    def mean(numbers):\n        return fsum(numbers) / len(numbers)\n", True),
         ("    return 1.5\n", False),
         ("    pass\n", False),
         ("", False),

@@ -85,6 +85,23 @@ def test_every_end_token_of_the_model_ends_an_answer(base_model: Path, tasks: Pa
     assert ours == theirs and len(theirs[0][0][0]) < len(usual)
 
 
+def test_a_penalty_of_the_checkpoint_is_warned_of(
+    base_model: Path, tasks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = shutil.copytree(base_model, tmp_path / "model")
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.5}))
+    with caplog.at_level("WARNING", "lm_eval"):
+        ours = evaluated("jacobi", model, tasks)["samples"]["mine_generating"]
+        assert caplog.text.count("a repetition penalty of 1.5, which --model hf applies") == 1
+        caplog.clear()
+        usual = evaluated("jacobi", base_model, tasks)["samples"]["mine_generating"]
+        assert "repetition penalty" not in caplog.text
+    theirs = evaluated("hf", model, tasks)["samples"]["mine_generating"]
+    answers = [{s["doc_id"]: s["resps"] for s in samples} for samples in (ours, usual, theirs)]
+    assert answers[0] == answers[1] != answers[2]
+
+
 def test_settings_that_would_be_ignored_are_refused(base_model: Path) -> None:
     from jf_cluster.evaluate.harness import JacobiLM
     from jf_cluster.jacobi.sampling import GREEDY, Sampling

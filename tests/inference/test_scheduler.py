@@ -1,13 +1,17 @@
-"""Requests share one batch, wait their turn, are refused beyond it, and free their place when given up."""
+"""Requests share one batch, wait their turn, are refused beyond it, free their place, and do not hold up each other."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from jf_cluster.inference.loaded import Loaded
+from jf_cluster.inference.replica import Replica
 from jf_cluster.inference.scheduler import BusyError, Scheduler, StoppedError, Ticket
 from jf_cluster.jacobi.decoding import PromptError, generate
 from jf_cluster.jacobi.drafts import AUTOREGRESSIVE, Drafting
@@ -91,5 +95,33 @@ def test_what_does_not_fit_is_refused_and_a_stopped_scheduler_says_so(loaded: Lo
         with pytest.raises(StoppedError):
             scheduler.submit([1], max_new_tokens=2, sampling=GREEDY, key=0)
 
+        replica = SimpleNamespace(scheduler=scheduler, explanation="")
+        answer = await Replica.func_or_class._health(replica, None)
+        assert answer.status_code == 503 and json.loads(answer.body)["alive"] is False
+
     asyncio.run(ask())
     assert not scheduler.alive
+
+
+@pytest.mark.parametrize(("way", "asked"), [("_chat", {"messages": [{"role": "user", "content": "a"}]}),
+                                            ("_complete", {"prompt": "a"})])  # fmt: skip
+def test_others_go_on_while_a_long_prompt_is_tokenized(way: str, asked: dict) -> None:
+    others = threading.Event()
+
+    def tokenized(_: object) -> list[int]:
+        assert others.wait(5), "the loop stood still"
+        return [1]
+
+    async def body() -> bytes:
+        return json.dumps({"model": "it", **asked}).encode()
+
+    async def respond(_: object, prompt: list[int], *__: object) -> list[int]:
+        return prompt
+
+    async def ask() -> list[int]:
+        asyncio.get_running_loop().call_later(0.05, others.set)
+        return await getattr(Replica.func_or_class, way)(replica, SimpleNamespace(body=body))
+
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2))
+    replica = SimpleNamespace(loaded=SimpleNamespace(chat=tokenized, plain=tokenized, model=model), _respond=respond)
+    assert asyncio.run(ask()) == [1]

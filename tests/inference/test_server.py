@@ -12,13 +12,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import openai
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from jf_cluster.__main__ import app
 from jf_cluster.cluster import ClusterError
+from jf_cluster.config import ConfigError
 from jf_cluster.inference.loaded import Loaded
 from jf_cluster.inference.options import DecodingOptions, LoadOptions
 from jf_cluster.inference.replica import Options
@@ -88,21 +92,36 @@ def test_a_wider_address_is_warned_of(directory: Path, caplog: pytest.LogCapture
     assert "server listens on 0.0.0.0 without authentication" in warning and "put a proxy" in warning
 
 
-def test_replicas_without_a_gpu_are_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_served_is_refused_with_its_reason(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = Options(
-        str(directory), "minuscule", DecodingOptions(mode="ar"), LoadOptions(), port=port, replicas=2, gpus=10_000
-    )
+    options = Options(str(directory), "minuscule", DecodingOptions(mode="ar"), LoadOptions(), port=port)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def refused(error: type[Exception], match: str, **changes: object) -> None:
+        with pytest.raises(error, match=match):
+            run_server(replace(options, **changes), pytest.fail)
+
     try:
-        with pytest.raises(ClusterError, match=r"2 replica\(s\) with --gpus 10000 need 20000 GPU\(s\).*--gpus 0\.5"):
-            run_server(options, pytest.fail)
+        refused(ConfigError, "unknown decoding mode 'warp'", decoding=DecodingOptions("warp"))
+        refused(ConfigError, "must be at least 1", decoding=DecodingOptions(block_size=0))
+        many = r"2 replica\(s\) with --gpus 10000 need 20000 GPU\(s\).*--gpus 0\.5"
+        refused(ClusterError, many, replicas=2, gpus=10_000)
+        refused(ClusterError, "did not come up: .*ConfigError: unknown dtype 'int3'", loading=LoadOptions("int3"))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_a_model_is_named_after_its_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Options] = []
+    monkeypatch.setattr("jf_cluster.inference.server.run_server", lambda options, _: served.append(options))
+    monkeypatch.chdir(directory)
+    for model in (".", str(directory), "somebody/minuscule"):
+        result = CliRunner().invoke(app, ["serve", model, "--gpus", "0"])
+        assert result.exit_code == 0 and served.pop().name == "minuscule", result.output
 
 
 @pytest.fixture
@@ -139,6 +158,18 @@ def test_chat_whole_and_streamed(client: openai.OpenAI, loaded: Loaded) -> None:
     assert [m.id for m in client.models.list().data] == ["minuscule"]
 
 
+def test_null_says_nothing(client: openai.OpenAI, loaded: Loaded) -> None:
+    """As clients send what was not set, and an answer that is given back as a message."""
+    first = client.chat.completions.create(model="minuscule", messages=HELLO, max_tokens=5, temperature=0, tools=None)
+    answer = first.choices[0].message.model_dump()
+    assert answer["content"] == expected(loaded, loaded.chat(HELLO), 5) and answer["refusal"] is None
+    messages = [*HELLO, answer, *HELLO]
+    second = client.chat.completions.create(model="minuscule", messages=messages, max_tokens=5, temperature=0)
+    assert second.choices[0].message.content == expected(loaded, loaded.chat(messages), 5)
+    made = client.completions.create(model="minuscule", prompt="a", max_tokens=5, logprobs=None, suffix=None)
+    assert made.usage.completion_tokens <= 5
+
+
 def test_completions_stop_and_sample(client: openai.OpenAI, loaded: Loaded) -> None:
     ids = loaded.plain("abc")
     text = expected(loaded, ids, 30)
@@ -165,8 +196,18 @@ def test_wrong_requests_get_their_reason(client: openai.OpenAI, server: str) -> 
     assert refused(model="other").status_code == 404
     too_long = refused(max_tokens=CONTEXT)
     assert too_long.status_code == 400 and too_long.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="prompt: it is empty") as caught:
+        client.completions.create(model="minuscule", prompt="")
+    assert caught.value.code == "invalid_request" and caught.value.param == "prompt"
     for body, status, message in (
         (b"{", 400, "the request is not JSON"),
+        (b"[" * 100_000, 400, "the request is not JSON: maximum recursion depth"),
+        (
+            b'{"model": "minuscule", "messages": [{"role": "user", "content": "\\ud83d"}]}',
+            400,
+            "surrogates not allowed",
+        ),
+        (b'{"model": "minuscule", "messages": null}', 400, "messages: Field required"),
         (b"[]", 400, "the request: Input should be a valid dictionary"),
         (b'{"model": "minuscule"}', 400, "messages: Field required"),
         (b" " * (5 << 20), 413, "more than"),

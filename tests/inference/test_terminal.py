@@ -224,6 +224,17 @@ def test_files_in_files_out(loaded: Loaded, directory: Path, tmp_path: Path) -> 
     assert row["response"] == whole[: whole.index(stop)] and row["finish_reason"] == "stop"
 
 
+def test_an_earlier_answer_of_a_row_is_not_carried_over(directory: Path, tmp_path: Path) -> None:
+    """Rows that did not fit are asked again with shorter responses, and the other way round."""
+    path, options = tmp_path / "rows.jsonl", ("--mode", "ar", "--max-new-tokens")
+    path.write_text(json.dumps({"id": 1, "prompt": "y" * 200}))
+    for length, count in (("100", 0), ("20", 1), ("100", 0)):
+        code, said = run("generate", str(directory), str(path), str(path), *options, length)
+        assert code == 0 and f"{count} responses, {1 - count} prompts that did not fit" in said
+        (row,) = [json.loads(line) for line in path.read_text().splitlines()]
+        assert row["id"] == 1 and ("response" in row, "error" in row) == (count == 1, count == 0)
+
+
 def test_lines_end_at_line_feeds_only(loaded: Loaded, tmp_path: Path) -> None:
     texts = ["a\u2028b\u2029c\x85d", "e\x0bf\x0cg"]
     write_rows(tmp_path / "in.jsonl", [{"prompt": text} for text in texts])
@@ -239,10 +250,12 @@ def test_lines_end_at_line_feeds_only(loaded: Loaded, tmp_path: Path) -> None:
         ('{"prompt": "a"}\n{"prompt"', [], "line 2: not JSON"),
         ('{"question": "a"}', [], "neither messages nor a text in 'prompt'"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', [], "chat template refuses it: role tool"),
+        ('{"prompt": "a", "note": "\\ud83d"}', [], "line 1: not JSON: 'utf-8' codec can't encode"),
         ("", [], "has no prompts"),
         ('{"prompt": "a"}', ["--mode", "warp"], "unknown decoding mode 'warp'"),
         ('{"prompt": "a"}', ["--temperature", "-1"], "temperature"),
         ('{"prompt": "a"}', ["--dtype", "int3"], "unknown dtype 'int3'"),
+        ('{"prompt": "a"}', ["--seed", "-1"], "than or equal to 0"),
     ],
 )
 def test_wrong_input_is_named_and_nothing_is_written(
@@ -251,6 +264,12 @@ def test_wrong_input_is_named_and_nothing_is_written(
     (tmp_path / "in.jsonl").write_text(content)
     code, said = run("generate", str(directory), str(tmp_path / "in.jsonl"), str(tmp_path / "out"), *options)
     assert code == 2 and message in said and not (tmp_path / "out").exists()
+
+
+def test_a_directory_is_no_output(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("One\n")
+    code, said = run("generate", str(directory), str(tmp_path / "in.txt"), str(tmp_path), "--mode", "ar")
+    assert code == 2 and "is a directory" in said
 
 
 def test_calibrating_shows_what_was_measured_and_auto_uses_it(

@@ -10,7 +10,16 @@ from dataclasses import asdict, dataclass
 from jf_cluster.config import SandboxConfig
 from jf_cluster.evaluate.graders import sandbox
 
-_FENCED = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCED = re.compile(
+    r"(?:^[ \t]*```([^\n`]*)|```[ \t]*(?:python3?|py)?[ \t]*)\n(.*?)(?:\n?^```|\Z)",
+    re.DOTALL | re.IGNORECASE | re.MULTILINE,
+)
+"""A block, with its language where its fence begins a line. Blocks of other languages are found too: otherwise their
+end would be taken for a beginning."""
+_LANGUAGES = ("", "python", "python3", "py")
+_INDENTED = re.compile(r"(?:[ \t]*\n)*(?: {2}|\t)[ \t]*\S")
+"""More than the space that a SentencePiece tokenizer's first word may begin with: the inside of a function."""
+_FUNCTION = re.compile(r"^(?:async )?def \w+\(", re.MULTILINE)
 _AFTER_FUNCTION = re.compile(r"\n(?:class |def |#|if |print|@|assert |```)")
 """Where a completion leaves the function it was to complete; the stop sequences of the HumanEval paper and a few."""
 
@@ -43,7 +52,11 @@ class CodeReference:
 
 def code_of(response: str, entry_point: str = "") -> str:
     """The code of a response: its fenced block (the one that defines ``entry_point`` before others), or all of it."""
-    blocks: list[str] = _FENCED.findall(response)
+    before, _, behind = response.partition("```")
+    if (_INDENTED.match(before) or _FUNCTION.search(before)) and not behind.partition("\n")[0].strip():
+        return before  # a model that continues a text closes a block that it never opened
+    found: list[tuple[str, str]] = _FENCED.findall(response)
+    blocks = [block for language, block in found if (language.lower().split() or [""])[0] in _LANGUAGES]
     defining = [block for block in blocks if _defines(block, entry_point)]
     return (defining or blocks or [response])[0]
 
@@ -54,14 +67,19 @@ def program(response: str, reference: CodeReference) -> str:
     whole = code.lstrip()  # A SentencePiece tokenizer's first word behind a chat template begins with a space.
     if not reference.prompt:
         code = whole
-    elif not _defines(whole, reference.entry_point):
+    elif not _defines(whole, reference.entry_point) or (
+        # A model that continues the function goes on, often with the same function once more.
+        _INDENTED.match(code) and not _defines(whole.partition("\n")[0], reference.entry_point)
+    ):
         code = reference.prompt + _AFTER_FUNCTION.split(code)[0]
     elif _is_complete(reference.prompt):
         # For its imports and helpers; the function that is only documented in it is defined anew behind it.
         code = f"{reference.prompt}\n{whole}"
     else:
         code = whole
-    return f"{code}\n\n{reference.tests}\n"
+    # What a solution does as a script (reading input, unittest.main, which exits) is no part of it: as in HumanEval's
+    # own harness it is not the main module. Tests may be.
+    return f'{code}\n\n__name__ = "__main__"\n{reference.tests}\n'
 
 
 def is_right(response: str, reference: str, limits: SandboxConfig) -> bool:

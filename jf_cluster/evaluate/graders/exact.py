@@ -6,8 +6,10 @@ import re
 
 from jf_cluster.tiny.problems import parse_answer
 
-_MARKED = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_CURRENCY = re.compile(r"\\?\$")
+"""Taken out first: it stands between a sign and its number, and in Markdown with a backslash."""
+_MARKED = re.compile(r"####[\s*]*(-?[\d,]*\.?\d+)")
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?")
 
 
 def arithmetic_answer(text: str) -> str | None:
@@ -18,7 +20,8 @@ def arithmetic_answer(text: str) -> str | None:
 
 def gsm8k_answer(text: str) -> str | None:
     """The number after the last ``####``, else the last number of the text; commas and ``.0`` do not count."""
-    found = _MARKED.findall(text) or _NUMBER.findall(text)
+    plain = _CURRENCY.sub("", text)
+    found = _MARKED.findall(plain) or _NUMBER.findall(plain)
     return canonical(found[-1]) if found else None
 
 

@@ -35,7 +35,7 @@ _PROGRAM = """\
 import os, sys
 proof = sys.stdin.readline().strip()
 sys.path += sys.argv[1:]
-exec(compile(sys.stdin.read(), "<program>", "exec"), {"__name__": "__main__"})
+exec(compile(sys.stdin.read(), "<program>", "exec"), {})
 os.write(1, proof.encode())
 os._exit(0)
 """
