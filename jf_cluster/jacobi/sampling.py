@@ -42,8 +42,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"{self}: temperature and top_k must not be negative, top_p must lie in (0, 1]")
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:  # a NaN is neither
+            raise ValueError(f"{self}: temperature and top_k must be at least 0, top_p must lie in (0, 1]")
 
     def choose(self, logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Give the next tokens, int64 [N], from logits [N, V], prompt keys and response positions (int64 [N] each)."""

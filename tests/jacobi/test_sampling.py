@@ -41,7 +41,9 @@ def test_filters_keep_the_likeliest() -> None:
     assert set(Sampling(1.0, top_p=1e-9).choose(logits, keys, zeros).tolist()) == {0}
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}]
+)
 def test_bad_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
         Sampling(**bad)  # type: ignore[arg-type]
