@@ -22,7 +22,7 @@ Int32Array = NDArray[np.int32]
 
 LOW_PRECISION_STEP = 32
 """Forwards in low precision on a CPU hold a multiple of so many tokens. oneDNN compiles a kernel for every shape, 3 ms
-and 0.7 MiB each on the processor it was measured on: as many as there are lengths took a third of the time and 2 GiB."""
+and 0.7 MiB each where it was measured: as many as there are lengths took a third of the time and 2 GiB."""
 
 
 def token_step(model: PreTrainedModel) -> int:
