@@ -33,8 +33,9 @@ resources=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 srun --nodes=1 --ntasks=1 --nodelist="$head" \
     ray start --head --node-ip-address="$ip" --port="${RAY_ADDRESS##*:}" --include-dashboard=false "${resources[@]}" --block &
+ray=$!
 until ray status > /dev/null 2>&1; do
-    kill -0 $! || { echo "error: Ray's head did not start on $head" >&2; exit 1; }
+    kill -0 $ray || { echo "error: Ray's head did not start on $head" >&2; exit 1; }
     sleep 2
 done
 if ((${#nodes[@]} > 1)); then
@@ -44,14 +45,18 @@ fi
 
 python jobs/distill.py --config "$configuration" "${@:2}" &
 driver=$!
-stopping=
-trap 'stopping=1; kill -TERM $driver' TERM
+trap 'kill -TERM $driver || true' TERM
+while kill -0 $driver 2> /dev/null && kill -0 $ray 2> /dev/null; do
+    sleep 2 &
+    wait $! || true # a signal ends this wait, where it would have to wait for a sleep in the foreground
+done
+if ! kill -0 $ray 2> /dev/null; then # without it the driver would go on as long as Ray's time limits let it
+    echo "error: Ray's head on $head ended; submitted again, the job carries on with what is on disk" >&2
+    kill -KILL $driver 2> /dev/null || true
+    exit 1
+fi
 code=0
 wait $driver || code=$?
-if [[ $stopping ]]; then # the signal ended that wait, not the driver
-    code=0
-    wait $driver || code=$?
-fi
 if ((code == 143)); then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -32,7 +32,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from jf_cluster.collect.failures import Failures, Place
 from jf_cluster.messages import first_line, last_line
@@ -305,7 +305,9 @@ class Dispatcher(Generic[T, R]):
                 raise DispatchError(f"a worker could not start: {last_line(error)}") from error
             if isinstance(error, ActorUnavailableError):
                 logger.warning("worker %d does not answer: %s", slot.number, error)
-            yield from self._lose(slot, f"worker died: {first_line(error)}")
+            # Ray's first line only says that a worker's environment could not be set up, its last one why.
+            says = last_line if isinstance(error, RuntimeEnvSetupError) else first_line
+            yield from self._lose(slot, f"worker died: {says(error)}")
             return
         batch, slot.batch, slot.finishing = slot.batch, None, False
         self._failed_starts, slot.started = 0, True

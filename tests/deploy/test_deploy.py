@@ -21,6 +21,7 @@ from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import psutil
 import pytest
 import ray
 import yaml
@@ -187,3 +188,23 @@ def test_slurms_script_stops_before_its_time_is_over_and_is_queued_again(
     finally:
         _end(job)
     assert Path(slurm["SCRATCH"], "control").read_text().split() == ["requeue", str(os.getpid())]
+
+
+def test_slurms_script_ends_when_rays_head_does(slurm: dict[str, str], base_model: Path, tmp_path: Path) -> None:
+    config = small_config(tmp_path / "shared", base_model, rounds=1)
+    settings = tmp_path / "small.yaml"
+    settings.write_text(config.to_yaml())
+    said = tmp_path / "said"
+    job = _submit(slurm, said, str(settings), "collect.workers=2")
+    try:
+        while "evaluating model 0" not in said.read_text():
+            assert job.poll() is None, said.read_text()
+            time.sleep(0.2)
+        children = psutil.Process(job.pid).children()
+        [head] = [child for child in children if {"start", "--head"} <= set(child.cmdline())]
+        head.kill()
+        assert job.wait(timeout=300) == 1, said.read_text()
+    finally:
+        _end(job)
+    assert "error: Ray's head on first ended; submitted again, the job carries on" in said.read_text()
+    assert not Path(slurm["SCRATCH"], "control").exists(), "it is for a person to look at"

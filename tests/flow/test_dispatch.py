@@ -180,6 +180,19 @@ def test_a_worker_whose_node_is_gone_is_replaced() -> None:
     assert isinstance(lost, Lost) and isinstance(done, Done)
 
 
+def test_a_worker_without_an_environment_is_replaced_and_the_message_says_what_was_wrong_with_it() -> None:
+    environments = iter([{"working_dir": "gcs://_ray_pkg_that_nobody_uploaded.zip"}, {}])
+
+    def start(_: int) -> tuple[ActorHandle, ray.ObjectRef]:
+        actor = ray.remote(num_cpus=0, runtime_env=next(environments))(Answering).remote()
+        return actor, actor.ready.remote()
+
+    dispatcher: Dispatcher[Item, int] = Dispatcher(start, workers=1, timeout_s=120, max_attempts=3)
+    lost, done = dispatcher.run([[Item("1")]])
+    assert isinstance(lost, Lost) and isinstance(done, Done)
+    assert lost.reason.startswith("worker died: OSError: Failed to download runtime_env file package"), lost.reason
+
+
 def test_a_worker_that_is_killed_for_its_memory_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ray's memory monitor does when the machine is full, which it is not here: the error is put in its place."""
     monitored: list[Item] = []
