@@ -24,7 +24,7 @@ DEFAULTS = {
     "RAY_worker_niceness": "0",
     # Ray gives its own control service 5 s to answer, and a machine with much else to do needs longer to start it.
     "RAY_gcs_rpc_server_connect_timeout_s": "60",
-    # A job's copy that could not be unpacked once would be taken for broken for ten minutes, in jobs submitted anew too.
+    # A job's copy that could not be unpacked once would be taken for broken for ten minutes, by later jobs as well.
     "BAD_RUNTIME_ENV_CACHE_TTL_SECONDS": "0",
     # Ray Train's watcher for nodes about to be taken away tells ranks that do not listen to it: a process less a start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
