@@ -132,12 +132,12 @@ class Batch:
         last, width = row.last_slot, len(proposed)
         positions = self._numbers[last : last + width]
         mask: torch.Tensor | None = None
-        reach = last + width if width == 1 else aligned(last + width)
         if row.candidates:
             positions = last + self._tensor(row.depths)
             mask = self._mask_of_one(last, self._branches(row))
         elif width > 1:
             mask = self._mask_of_one(last, self._triangle[:width, :width])
+        reach = last + width if mask is None else mask.shape[-1]
         layout = CachedRows(self.cache, None, None, mask=mask, reach=reach, first_slot=last)
         logits = self._logits(torch.tensor([proposed], device=self.model.device), positions[None], layout)
         if row.sampling.temperature == 0:
