@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +37,11 @@ LIMITS = SandboxConfig(seconds=30)
         ("gsm8k", "x = -72", "#### -72", True),
         ("gsm8k", "#### 72.50", "#### 72.5", True),
         ("gsm8k", "#### -3", "#### 3", False),
+        ("gsm8k", "#### \N{MINUS SIGN}3", "#### -3", True),
+        ("gsm8k", "it is \N{MINUS SIGN}3.", "#### 3", False),
+        ("gsm8k", "a probability of .50", "#### 0.5", True),
+        ("gsm8k", "#### -.5", "#### -0.50", True),
+        ("gsm8k", "step 2.5 of them", "#### 5", False),
         ("gsm8k", "none", "#### 3", False),
         ("math", r"so \boxed{\frac{1}{2}}", r"we get $\boxed{0.5}$.", True),
         ("math", r"first \boxed{3}, then \boxed{x^2+2x+1}", r"(x+1)^2", True),
@@ -91,6 +97,10 @@ BLOCK = "```python\ndef f(x):\n    return x + 1\n```\n"
         "def f(x):\n    return x + 1\n```\n\nThis adds one.\n",
         f"def f(x) it is:\n{BLOCK}",
         BLOCK.replace("\n", "\r\n"),
+        BLOCK.replace("```", "~~~"),
+        f" {BLOCK}Done.\n",
+        f"1. So:\n\n{textwrap.indent(BLOCK, '   ')}\n2. Done.\n",
+        BLOCK.replace("    return", '    """Add.\n\n    ```\n    f(1)\n    ```\n    """\n    return'),
         "def f(x):\n    return x + 1\n\nif __name__ == '__main__':\n    print(f(int(input())))\n",
         "import unittest\ndef f(x):\n    return x + 1\nif __name__ == '__main__':\n    unittest.main()\n",
     ],
@@ -118,6 +128,7 @@ REFERENCE = CodeReference(
         ("    return fsum(numbers) / len(numbers)\n```\n\nIt sums.\n", True),
         ("    return fsum(numbers) / len(numbers)\n\n\ndef mean(numbers):\n    return 0\n", True),
         ("    def mean(numbers):\n        return fsum(numbers) / len(numbers)\n", True),
+        ("from __future__ import annotations\n\ndef mean(numbers):\n    return fsum(numbers) / len(numbers)\n", True),
         ("    return 1.5\n", False),
         ("    pass\n", False),
         ("", False),

@@ -5,21 +5,24 @@ from __future__ import annotations
 import ast
 import json
 import re
+import textwrap
 from dataclasses import asdict, dataclass
 
 from jf_cluster.config import SandboxConfig
 from jf_cluster.evaluate.graders import sandbox
 
 _FENCED = re.compile(
-    r"(?:^[ \t]*```([^\n`]*)|```[ \t]*(?:python3?|py)?[ \t]*)\n(.*?)(?:\n?^```|\Z)",
+    r"(?:^(?P<indent>[ \t]*)(?P<fence>```|~~~)(?P<language>[^\n`]*)|```[ \t]*(?:python3?|py)?[ \t]*)\n"
+    r"(?P<code>.*?)(?:\n?^(?(fence)(?P=indent)?(?P=fence)|```)|\Z)",
     re.DOTALL | re.IGNORECASE | re.MULTILINE,
 )
 """A block, with its language where its fence begins a line. Blocks of other languages are found too: otherwise their
-end would be taken for a beginning."""
+end would be taken for a beginning. One in a list ends as far in as it begins: fences further in are of a docstring."""
 _LANGUAGES = ("", "python", "python3", "py")
 _INDENTED = re.compile(r"(?:[ \t]*\n)*(?: {2}|\t)[ \t]*\S")
 """More than the space that a SentencePiece tokenizer's first word may begin with: the inside of a function."""
 _FUNCTION = re.compile(r"^(?:async )?def \w+\(", re.MULTILINE)
+_FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 _AFTER_FUNCTION = re.compile(r"\n(?:class |def |#|if |print|@|assert |```)")
 """Where a completion leaves the function it was to complete; the stop sequences of the HumanEval paper and a few."""
 
@@ -52,11 +55,14 @@ class CodeReference:
 
 def code_of(response: str, entry_point: str = "") -> str:
     """The code of a response: its fenced block (the one that defines ``entry_point`` before others), or all of it."""
-    before, _, behind = response.partition("```")
-    if (_INDENTED.match(before) or _FUNCTION.search(before)) and not behind.partition("\n")[0].strip():
+    before, fence, behind = response.partition("```")
+    if fence and (_INDENTED.match(before) or _FUNCTION.search(before)) and not behind.partition("\n")[0].strip():
         return before  # a model that continues a text closes a block that it never opened
-    found: list[tuple[str, str]] = _FENCED.findall(response)
-    blocks = [block for language, block in found if (language.lower().split() or [""])[0] in _LANGUAGES]
+    blocks = [
+        textwrap.dedent(found["code"]) if found["indent"] else found["code"]
+        for found in _FENCED.finditer(response)
+        if ((found["language"] or "").lower().split() or [""])[0] in _LANGUAGES
+    ]
     defining = [block for block in blocks if _defines(block, entry_point)]
     return (defining or blocks or [response])[0]
 
@@ -74,7 +80,8 @@ def program(response: str, reference: CodeReference) -> str:
         code = reference.prompt + _AFTER_FUNCTION.split(code)[0]
     elif _is_complete(reference.prompt):
         # For its imports and helpers; the function that is only documented in it is defined anew behind it.
-        code = f"{reference.prompt}\n{whole}"
+        # What it imports from __future__ has to come first of all.
+        code = "".join(_FUTURE.findall(whole)) + f"{reference.prompt}\n{_FUTURE.sub('', whole)}"
     else:
         code = whole
     # What a solution does as a script (reading input, unittest.main, which exits) is no part of it: as in HumanEval's
