@@ -104,7 +104,8 @@ class Round:
         """
         self.require_unsealed()
         self._register(provenance)
-        self.folder.sweep(everything=False)
+        for folder in (self.folder, self.folder.child(REJECTS_FOLDER)):
+            folder.sweep(everything=False)
         return TrajectoryWriter(
             self,
             provenance,

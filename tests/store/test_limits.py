@@ -150,13 +150,16 @@ def test_clocks_do_not_matter(tmp_path: Path, provenance: Provenance) -> None:
 
 def test_debris_of_dead_processes_here_is_swept_by_the_next_writer(round_: Round, provenance: Provenance) -> None:
     round_.writer(provenance)
-    folder = Path(round_.folder.path)
-    (folder / f".tmp-{host_name()}-4194999-aa-shard").write_bytes(b"dead")
-    (folder / f".tmp-{host_name()}-{os.getpid()}-aa-shard").write_bytes(b"alive")
+    round_.reject("a", "never answers")
+    folders = [round_.folder, round_.folder.child("rejects")]
+    for folder in folders:
+        Path(folder.path, f".tmp-{host_name()}-4194999-aa-file").write_bytes(b"dead")
+        Path(folder.path, f".tmp-{host_name()}-{os.getpid()}-aa-file").write_bytes(b"alive")
     round_.writer(provenance)
-    assert [name for name in round_.folder.entries() if name.startswith(".tmp-")] == [
-        f".tmp-{host_name()}-{os.getpid()}-aa-shard"
-    ]
+    for folder in folders:
+        left = [name for name in folder.entries() if name.startswith(".tmp-")]
+        assert left == [f".tmp-{host_name()}-{os.getpid()}-aa-file"]
+    assert round_.rejects() == {"a": "never answers"}
 
 
 def test_extreme_rows(round_: Round, provenance: Provenance) -> None:
