@@ -229,7 +229,7 @@ class RowIndex:
 
     def find(self, prompt_id: str) -> int | None:
         """Position of a prompt id, by binary search, or None."""
-        wanted = prompt_id.encode()
+        wanted = prompt_id.encode(errors="surrogatepass")  # one that is no Unicode, from a command line, is nobody's
         i = bisect_left(range(len(self)), wanted, key=self._encoded_id)
         return i if i < len(self) and self._encoded_id(i) == wanted else None
 

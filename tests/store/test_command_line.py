@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,7 @@ def test_verify(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["--id", "nobody"], "has no row for the prompt 'nobody'"),
+        (["--id", os.fsdecode(b"\xff")], "has no row for the prompt '\\udcff'"),
         (["--row", "10"], "has 10 rows, counted from 0; there is no row 10"),
         (["--row", "-1"], "there is no row -1"),
     ],
