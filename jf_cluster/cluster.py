@@ -81,7 +81,7 @@ def join_or_start(address: str | None, cpus: float) -> None:
     """Join the Ray cluster at ``address``, or start a local Ray that has room for ``cpus``.
 
     Raises:
-        ClusterError: no cluster answers at ``address``.
+        ClusterError: no cluster answers at ``address``, or a local Ray does not start.
     """
     # What workers print stays in Ray's log files: it would tear the progress bars; failures come as exceptions.
     quietly: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
@@ -95,14 +95,17 @@ def join_or_start(address: str | None, cpus: float) -> None:
             raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
     else:
         logger.info("starting a local Ray")
-        ray.init(
-            # Without it Ray joins whatever cluster was started last on this machine, whoever started it.
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quietly,
-        )
+        try:
+            ray.init(
+                # Without it Ray joins whatever cluster was started last on this machine, whoever started it.
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quietly,
+            )
+        except Exception as error:  # a bare one where Ray's processes do not answer in time
+            raise ClusterError(f"Ray does not start on this machine: {error}") from error
     signal.signal(signal.SIGTERM, on_terminate)
     _warn_if_open(ray.get_runtime_context().gcs_address)
 
@@ -178,7 +181,7 @@ def _port_of(url: str) -> int:
     return int(url.rsplit(":", 1)[1])
 
 
-def start_head(runs_dir: Path, *, timeout_s: float = 120.0, port: int = DASHBOARD_PORT) -> Head:
+def start_head(runs_dir: Path, *, timeout_s: float = 300.0, port: int = DASHBOARD_PORT) -> Head:
     """Start a Ray head on 127.0.0.1 in the current directory and wait until its job server answers.
 
     Jobs are run in the current directory, with this Python's programs first on the path. A head that already runs is
@@ -198,6 +201,8 @@ def start_head(runs_dir: Path, *, timeout_s: float = 120.0, port: int = DASHBOAR
     environment = os.environ | {
         "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         HOME_VARIABLE: str(Path.cwd()),
+        # A machine with much else to do needs longer than Ray's minute; whoever joins is told of a dead head sooner.
+        "RAY_gcs_server_request_timeout_seconds": f"{timeout_s:.0f}",
     }
     ray_program = str(Path(programs) / "ray")
     # Creates the token of this user where there is none yet; its output is the token itself, so it is not shown.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
+
+# Three Rays that start beside each other on two slow cores take longer than the minute Ray gives them.
+os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "240")
 
 FIXED_PORTS = "what people type"
 TOGETHER = {

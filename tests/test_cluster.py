@@ -113,3 +113,12 @@ def test_a_ray_without_a_token_is_warned_of_where_others_reach_it(
     cluster._warn_if_open("10.0.0.1:6379")
     (warning,) = caplog.messages
     assert "Ray listens on 10.0.0.1 without authentication" in warning and "RAY_AUTH_MODE=token" in warning
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(ClusterError, match=r"^Ray does not start on this machine: The current node timed out"):
+        cluster.join_or_start(None, 2)

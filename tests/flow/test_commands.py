@@ -115,7 +115,7 @@ def test_a_job_runs_as_typed(tmp_path: Path, base_model: Path) -> None:
 
     def typed(command: str) -> str:
         done = subprocess.run(
-            ["bash", "-c", command], cwd=clone, env=fresh_shell(clone), capture_output=True, text=True, timeout=300
+            ["bash", "-c", command], cwd=clone, env=fresh_shell(clone), capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -60,7 +60,7 @@ def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         )
     try:
         deadline = time.monotonic() + 240
-        while "answers at" not in log.read_text():
+        while "answers at http" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
         assert "jacobi, block size 6" in log.read_text()
