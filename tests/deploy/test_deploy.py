@@ -26,7 +26,7 @@ import pytest
 import ray
 import yaml
 
-from jf_cluster.config import load_config
+from jf_cluster.config import Config, load_config
 from tests.flow.conftest import small_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -136,6 +136,14 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
+@pytest.fixture
+def config(tmp_path: Path, base_model: Path) -> Config:
+    """One round, its file at ``small.yaml``."""
+    config = small_config(tmp_path / "shared", base_model, rounds=1)
+    (tmp_path / "small.yaml").write_text(config.to_yaml())
+    return config
+
+
 def _submit(environment: dict[str, str], said: Path, *arguments: str) -> subprocess.Popen[bytes]:
     with said.open("wb") as output:
         return subprocess.Popen(
@@ -154,13 +162,10 @@ def _end(job: subprocess.Popen[bytes]) -> None:
         pass
 
 
-def test_slurms_script_distils_over_two_nodes(slurm: dict[str, str], base_model: Path, tmp_path: Path) -> None:
-    config = small_config(tmp_path / "shared", base_model, rounds=1)
-    settings = tmp_path / "small.yaml"
-    settings.write_text(config.to_yaml())
+def test_slurms_script_distils_over_two_nodes(slurm: dict[str, str], config: Config, tmp_path: Path) -> None:
     # Two collectors and two ranks need a core each, and no node has two.
     said = tmp_path / "said"
-    job = _submit(slurm, said, str(settings), "collect.workers=2", "train.workers=2", "train.steps=2")
+    job = _submit(slurm, said, str(tmp_path / "small.yaml"), "collect.workers=2", "train.workers=2", "train.steps=2")
     try:
         assert job.wait(timeout=1200) == 0, said.read_text()
     finally:
@@ -172,13 +177,10 @@ def test_slurms_script_distils_over_two_nodes(slurm: dict[str, str], base_model:
 
 
 def test_slurms_script_stops_before_its_time_is_over_and_is_queued_again(
-    slurm: dict[str, str], base_model, tmp_path
+    slurm: dict[str, str], config: Config, tmp_path: Path
 ) -> None:
-    config = small_config(tmp_path / "shared", base_model, rounds=1)
-    settings = tmp_path / "small.yaml"
-    settings.write_text(config.to_yaml())
     said = tmp_path / "said"
-    job = _submit(slurm, said, str(settings), "collect.workers=2")
+    job = _submit(slurm, said, str(tmp_path / "small.yaml"), "collect.workers=2")
     try:
         while "evaluating model 0" not in said.read_text():
             assert job.poll() is None, said.read_text()
@@ -190,12 +192,9 @@ def test_slurms_script_stops_before_its_time_is_over_and_is_queued_again(
     assert Path(slurm["SCRATCH"], "control").read_text().split() == ["requeue", str(os.getpid())]
 
 
-def test_slurms_script_ends_when_rays_head_does(slurm: dict[str, str], base_model: Path, tmp_path: Path) -> None:
-    config = small_config(tmp_path / "shared", base_model, rounds=1)
-    settings = tmp_path / "small.yaml"
-    settings.write_text(config.to_yaml())
+def test_slurms_script_ends_when_rays_head_does(slurm: dict[str, str], config: Config, tmp_path: Path) -> None:
     said = tmp_path / "said"
-    job = _submit(slurm, said, str(settings), "collect.workers=2")
+    job = _submit(slurm, said, str(tmp_path / "small.yaml"), "collect.workers=2")
     try:
         while "evaluating model 0" not in said.read_text():
             assert job.poll() is None, said.read_text()
