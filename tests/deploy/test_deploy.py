@@ -152,6 +152,12 @@ def _submit(environment: dict[str, str], said: Path, *arguments: str) -> subproc
         )  # fmt: skip
 
 
+def _wait_until_it_evaluates(job: subprocess.Popen[bytes], said: Path) -> None:
+    while "evaluating model 0" not in said.read_text():
+        assert job.poll() is None, said.read_text()
+        time.sleep(0.2)
+
+
 def _end(job: subprocess.Popen[bytes]) -> None:
     """What Slurm does when a job is over: nothing of it lives on."""
     try:
@@ -182,9 +188,7 @@ def test_slurms_script_stops_before_its_time_is_over_and_is_queued_again(
     said = tmp_path / "said"
     job = _submit(slurm, said, str(tmp_path / "small.yaml"), "collect.workers=2")
     try:
-        while "evaluating model 0" not in said.read_text():
-            assert job.poll() is None, said.read_text()
-            time.sleep(0.2)
+        _wait_until_it_evaluates(job, said)
         os.kill(job.pid, signal.SIGTERM)
         assert job.wait(timeout=300) == 143, said.read_text()
     finally:
@@ -196,9 +200,7 @@ def test_slurms_script_ends_when_rays_head_does(slurm: dict[str, str], config: C
     said = tmp_path / "said"
     job = _submit(slurm, said, str(tmp_path / "small.yaml"), "collect.workers=2")
     try:
-        while "evaluating model 0" not in said.read_text():
-            assert job.poll() is None, said.read_text()
-            time.sleep(0.2)
+        _wait_until_it_evaluates(job, said)
         children = psutil.Process(job.pid).children()
         [head] = [child for child in children if {"start", "--head"} <= set(child.cmdline())]
         head.kill()
