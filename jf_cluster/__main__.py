@@ -90,9 +90,9 @@ def report(
         settings = load(config, overrides)
         if not settings.run_dir.is_dir():
             raise ConfigError(f"there is no run in {settings.run_dir}; start it with: make train")
-        from jf_cluster.report import markdown, print_evaluation, print_table, write_report
+        from jf_cluster.report import markdown, print_evaluation, print_table, rows_of
 
-        rows = write_report(settings)
+        rows = rows_of(settings)
         if as_markdown:
             typer.echo(markdown(rows))
             return

@@ -49,13 +49,14 @@ class Head:
     """The head that `make cluster` started: its process, its GCS address and its dashboard."""
 
     pid: int
-    created: float
     address: str
     dashboard: str
 
     def alive(self) -> bool:
         """Whether that very process still runs (its id may have been given to another one since)."""
-        return psutil.pid_exists(self.pid) and psutil.Process(self.pid).create_time() == self.created
+        with contextlib.suppress(psutil.Error):
+            return f"--port={_port_of(self.address)}" in psutil.Process(self.pid).cmdline()
+        return False
 
 
 def _state_dir(runs_dir: Path) -> Path:
@@ -67,7 +68,8 @@ def running_head(runs_dir: Path) -> Head | None:
     path = _state_dir(runs_dir) / "head.json"
     if not path.is_file():
         return None
-    head = Head(**json.loads(path.read_text()))
+    found = json.loads(path.read_text())
+    head = Head(found["pid"], found["address"], found["dashboard"])
     return head if head.alive() else None
 
 
@@ -224,7 +226,7 @@ def start_head(runs_dir: Path, *, timeout_s: float = 300.0, port: int = DASHBOAR
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    head = Head(process.pid, psutil.Process(process.pid).create_time(), address, f"http://127.0.0.1:{port}")
+    head = Head(process.pid, address, f"http://127.0.0.1:{port}")
     write_whole(state / "head.json", json.dumps(asdict(head)))
     deadline = time.monotonic() + timeout_s
     while not _jobs_answer(head):

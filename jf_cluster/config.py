@@ -21,6 +21,7 @@ Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Grader = Literal["none", "arithmetic", "gsm8k", "math", "code"]
 Template = Literal["auto", "chat", "plain"]
 Task = Literal["held_out", "gsm8k", "math", "humaneval", "mbpp"]
@@ -198,7 +199,14 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of an adapter's inputs dropped while training."""
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
-    """Names of the linear layers that get adapters, or all of them but the output head."""
+    """Names of the linear layers that get adapters, or all of them but the output head, which can have none."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _without_ends(cls, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if ends := {"lm_head", "embed_tokens"} & {name.rpartition(".")[2] for name in names}:
+            raise ValueError(f"{', '.join(sorted(ends))} cannot have adapters: embedding and head stay as they are")
+        return names
 
 
 class GuardConfig(Section):
@@ -227,7 +235,7 @@ class TrainConfig(Section):
     """Steps in which the rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     """Longest gradient, as its norm over all parameters."""
@@ -417,6 +425,11 @@ class Config(Section):
     def model_dir(self, round_number: int) -> str:
         """Where model ``round_number`` is loaded from; model 0 is the base."""
         return self.model.base if round_number == 0 else str(self.run_dir / "models" / f"round-{round_number:03d}")
+
+    def newest_model(self) -> int:
+        """The last round that has a model; 0, the base, where none has."""
+        folders = (self.run_dir / "models").glob("round-*")
+        return max((int(m[1]) for f in folders if (m := re.fullmatch(r"round-(\d{3,})", f.name))), default=0)
 
     def anchored(self, home: Path) -> Config:
         """Give the same configuration with relative paths made absolute, so that it means the same in every process.

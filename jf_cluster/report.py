@@ -46,13 +46,8 @@ class Row:
 
 def rows_of(config: Config) -> list[Row]:
     """Give a row for every model that was evaluated or has collected."""
-    found = (_row(config, round_number) for round_number in range(_rounds(config) + 1))
+    found = (_row(config, round_number) for round_number in range(config.newest_model() + 1))
     return [row for row in found if row is not None]
-
-
-def _rounds(config: Config) -> int:
-    made = [int(path.name.removeprefix("round-")) for path in (config.run_dir / "models").glob("round-[0-9]*")]
-    return max(made, default=0)
 
 
 def _row(config: Config, round_number: int) -> Row | None:

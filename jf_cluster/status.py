@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -129,7 +129,10 @@ class StatusReader:
         path = self._run_dir / "evaluation" / f"round-{number:03d}.json"
         if not path.is_file():
             return "", False
-        found = _Evaluation.model_validate_json(path.read_text())
+        try:
+            found = _Evaluation.model_validate_json(path.read_bytes())
+        except ValidationError:
+            return f"{path.name} cannot be read", False
         if made_hash(config, number) not in (None, found.model_hash):
             return "", False
         accuracy = "" if found.ar.accuracy is None else f" · accuracy {100 * found.ar.accuracy:.1f}%"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,10 +24,13 @@ def write_whole(path: Path, text: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; names the file. What was there before is untouched and nothing else is left.
     """
-    draft = path.with_name(f".{path.name}.tmp")
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # others may write it as well
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with draft.open("wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave the new name with nothing in it
         draft.replace(path)
     except OSError as error:
         with suppress(OSError):

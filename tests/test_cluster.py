@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
@@ -70,8 +70,7 @@ def test_what_cannot_grow_is_not_waited_for(
         assert slept == []
 
     refused(nodes_within_s=0.0)
-    me = psutil.Process()
-    head = Head(me.pid, me.create_time(), "127.0.0.1:6379", "http://127.0.0.1:8265")
+    head = Head(os.getpid(), "127.0.0.1:6379", "http://127.0.0.1:8265")
     monkeypatch.setattr(cluster, "running_head", lambda _: head)
     monkeypatch.setenv("RAY_ADDRESS", head.address)  # as in a job of `make cluster`
     refused()

@@ -97,6 +97,8 @@ def test_an_evaluation_of_another_model_is_not_shown(config: Config) -> None:
     assert "TPF 2.50" in shown(config) and "6 stages left" in shown(config)
     model.write_text(json.dumps({"model_hash": "new"}))
     assert "TPF 2.50" not in shown(config) and "7 stages left" in shown(config)
+    found.write_text("")
+    assert "round-001.json cannot be read" in shown(config) and "7 stages left" in shown(config)
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_is_not_the_last(

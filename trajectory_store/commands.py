@@ -17,7 +17,7 @@ from trajectory_store.reader import TrajectoryReader
 from trajectory_store.statistics import NOISE_BINS, round_statistics
 from trajectory_store.store import Round, TrajectoryStore
 from trajectory_store.trajectory import Trajectory
-from trajectory_store.urls import without_secrets
+from trajectory_store.urls import parted, without_secrets
 from trajectory_store.verify import verify_round
 
 Lines = Iterator[tuple[str, int]]
@@ -26,10 +26,10 @@ Command = Callable[[argparse.Namespace], Lines]
 
 def named_round(path: str) -> Round | None:
     """The round a path names (``.../round-001``), existing or not; None when it names no round."""
-    address, query, parameters = path.partition("?")
-    base, _, last = address.rstrip("/").rpartition("/")
+    address, parameters = parted(path)
+    base, _, last = address.rpartition("/")
     match = re.fullmatch(r"round-(\d{3,})", last)
-    return TrajectoryStore((base or ".") + query + parameters).round(int(match[1])) if match else None
+    return TrajectoryStore((base or ".") + parameters).round(int(match[1])) if match else None
 
 
 def existing_rounds(path: str) -> list[Round]:

@@ -37,6 +37,7 @@ from trajectory_store.reader import DEFAULT_CACHE_BYTES, TrajectoryReader
 from trajectory_store.seal import READ_THREADS, build_manifest
 from trajectory_store.shard import DEFAULT_CODEC, Codec, ShardFile, ShardName
 from trajectory_store.state import MANIFEST_NAME, Stage, announce_seal, look, stage_of, withdraw_seal
+from trajectory_store.urls import parted
 from trajectory_store.writer import DEFAULT_SHARD_BYTES, TrajectoryWriter
 
 PROVENANCE_NAME = "provenance.json"
@@ -55,6 +56,11 @@ class TrajectoryStore:
         if number < 1:
             raise InvalidNameError(f"rounds count from 1, got {number}")
         return Round(self.folder.child(f"round-{number:03d}"), number)
+
+    def url_of(self, number: int) -> str:
+        """What the command line takes for round `number`: parameters of the store's URL stay at its end."""
+        address, parameters = parted(self.url)
+        return f"{address}/round-{number:03d}{parameters}"
 
     def rounds(self) -> list[Round]:
         """The rounds that exist, in order."""

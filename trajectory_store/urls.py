@@ -1,4 +1,4 @@
-"""What may be shown of a URL: all of it but the names, passwords and keys that may be part of it."""
+"""The parts of a URL, and what may be shown of it: all but the names, passwords and keys that may be in it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def without_secrets(text: str) -> str:
     What is left still names the place: with credentials from the environment it is the same store.
     """
     return _VALUE.sub(r"\1=***", _USER.sub(_container, text))
+
+
+def parted(url: str) -> tuple[str, str]:
+    """The address of a store and the parameters behind it, their ``?`` included; a local path has none."""
+    address, query, parameters = url.partition("?") if "://" in url else (url, "", "")
+    return address.rstrip("/"), query + parameters
 
 
 def _container(match: re.Match[str]) -> str:

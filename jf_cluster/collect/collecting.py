@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shlex
 import threading
 import time
 import uuid
@@ -95,7 +96,8 @@ def collect_round(
         CollectError: no prompt of the round could be decoded.
         StoreError: the store refuses, or holds trajectories of another model.
     """
-    folder = TrajectoryStore(config.store_url).round(round_number)
+    store = TrajectoryStore(config.store_url)
+    folder = store.round(round_number)
     if folder.is_sealed:
         return folder.manifest
     undertaking = undertaking or Undertaking.of(config, round_number)
@@ -112,7 +114,7 @@ def collect_round(
             raise CollectError(
                 f"none of the {len(prompts)} prompts of round {round_number} could be decoded: {'; '.join(reasons)}; "
                 "once the cause is removed, have them tried again: python -m trajectory_store rejects --retry "
-                f"{without_secrets(config.store_url)}/round-{round_number:03d}"
+                + shlex.quote(without_secrets(store.url_of(round_number)))
             )
         manifest = folder.seal(provenance)
         stage.tags({"store_hash": manifest.content_hash})

@@ -122,12 +122,6 @@ def _rates(tracker: Tracker) -> tuple[Rate, ...]:
     return tuple(Rate(r, stage, (t - points[0][0]) / 1000, value) for t, r, stage, value in points)
 
 
-def last_round(config: Config) -> int:
-    """The newest model there is; 0 is the base."""
-    made = [int(path.name.removeprefix("round-")) for path in (config.run_dir / "models").glob("round-[0-9]*")]
-    return max(made, default=0)
-
-
 def overview_path(config: Config) -> Path:
     """File of the page with all pictures."""
     return config.run_dir / "overview.html"

@@ -79,7 +79,7 @@ def _trajectory(collected: Collected) -> np.ndarray:
     """Kind of each token, [passes + 1, positions]: indices into TRAJECTORY."""
     row, n = collected.example, collected.block_size
     lengths = row.block_lengths(n)
-    blocks = range(min(len(lengths), POSITIONS // n))
+    blocks = range(min(len(lengths), max(POSITIONS // n, 1)))
     passes = max(int(row.iterations[b]) for b in blocks)
     grid = np.full((passes + 1, int(sum(lengths[b] for b in blocks))), len(TRAJECTORY) - 1)
     for b in blocks:
@@ -88,7 +88,7 @@ def _trajectory(collected: Collected) -> np.ndarray:
             right = row.iterate(b, k, n) == fixed
             accepted = np.cumprod(right).astype(bool)
             grid[k, start : start + lengths[b]] = right.astype(int) + accepted
-    return grid
+    return grid[:, :POSITIONS]
 
 
 def _decoding(watched: Watched) -> np.ndarray:

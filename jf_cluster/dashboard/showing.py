@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from jf_cluster.config import Config
-from jf_cluster.dashboard.gathered import gather, last_round, overview_path
+from jf_cluster.dashboard.gathered import gather, overview_path
 from jf_cluster.dashboard.page import page
 from jf_cluster.dashboard.registry import register
 from jf_cluster.report import Row, write_report
@@ -29,7 +29,7 @@ def show(config: Config, tracker: Tracker) -> list[Row]:
         }
         if new:
             tracker.parent.metrics(new, step=row.round)
-    last = last_round(config)
+    last = config.newest_model()
     found = gather(config, tracker, last)
     path = overview_path(config)
     write_whole(path, page(found))

@@ -18,8 +18,9 @@ def compare(now: Evaluation, before: Evaluation) -> Comparison:
     both = [i for i in now.responses if i in before.responses]
     gained = lost = 0
     if now.right is not None and before.right is not None:
-        gained = sum(now.right[i] and not before.right[i] for i in both)
-        lost = sum(before.right[i] and not now.right[i] for i in both)
+        graded = now.right.keys() & before.right.keys()
+        gained = sum(now.right[i] and not before.right[i] for i in graded)
+        lost = sum(before.right[i] and not now.right[i] for i in graded)
     iterations = now.iterations_per_block, before.iterations_per_block
     return Comparison(
         now=now.round,

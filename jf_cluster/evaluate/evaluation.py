@@ -123,7 +123,7 @@ class Evaluation(_Frozen):
     responses: dict[str, str]
     """AR response of each prompt, by prompt id."""
     right: dict[str, bool] | None = None
-    """Whether the AR response is right, by prompt id; None without a grader."""
+    """Whether the AR response is right, by id of each prompt with a reference answer; None without a grader."""
     comparisons: tuple[Comparison, ...] = ()
     """Against every earlier round that was evaluated, the base first."""
 
@@ -196,18 +196,20 @@ def load_evaluation(config: Config, round_number: int, *, beside: bool = False) 
 
 
 def made_hash(config: Config, round_number: int) -> str | None:
-    """Hash of the model there is of a round; None where there is none, or it is the base, or nothing says it.
+    """Hash of the model there is of a round; None where there is none, or nothing says it, as of most bases.
 
     Raises:
         ModelError: what lies in the model's place is no model.
     """
     directory = Path(config.model_dir(round_number))
-    if round_number == 0 or not directory.is_dir():
+    if not directory.is_dir():
         return None
     lineage = directory / "lineage.json"
     if lineage.is_file():  # an older version's names none, and hashing a large model takes longer than a report may
         recorded: str | None = json.loads(lineage.read_text()).get("model_hash")
         return recorded
+    if round_number == 0:
+        return None
     from jf_cluster.models import model_hash  # late: with torch
 
     return model_hash(str(directory))

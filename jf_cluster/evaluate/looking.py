@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from ray.exceptions import GetTimeoutError, RayError
 
 from jf_cluster.collect.crew import Crew, WorkerModels
@@ -106,9 +106,16 @@ def look_at(config: Config, round_number: int, prompts: Sequence[Prompt], crew: 
 
 
 def load_look(config: Config, round_number: int) -> Look | None:
-    """What was seen of a round's model, or None."""
+    """What was seen of a round's model; None where nothing was, or its file cannot be read."""
     path = _path(config, round_number)
-    return _FILE.validate_json(path.read_bytes()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return _FILE.validate_json(path.read_bytes())
+    except ValidationError as error:
+        reason = first_line(error)
+        logger.warning("no pictures of how model %d decodes: %s cannot be read (%s)", round_number, path, reason)
+        return None
 
 
 def _path(config: Config, round_number: int) -> Path:

@@ -119,7 +119,7 @@ def evaluation(
         seconds=seconds,
         start_seconds=answers.start_seconds,
         responses=texts,
-        right=None if grader == "none" else {p.prompt_id: bool(answers.ar[p.prompt_id].right) for p in prompts},
+        right=None if grader == "none" else {i: right for i in texts if (right := answers.ar[i].right) is not None},
     )
 
 

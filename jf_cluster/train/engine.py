@@ -21,7 +21,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from jf_cluster.config import Config
 from jf_cluster.config import LoraConfig as LoraSettings
 from jf_cluster.jacobi.loss import forcing_loss
-from jf_cluster.models import load_model, use_cpu
+from jf_cluster.models import ModelError, load_model, use_cpu
 from jf_cluster.train.rendezvous import INIT_METHOD
 
 # Private: its autotuner, which nobody runs here, would import MLflow, more than everything else a rank imports.
@@ -194,7 +194,11 @@ def leave_group() -> None:
 
 
 def build_engine(config: Config, round_number: int, group: Group, load_universal: bool) -> DeepSpeedEngine:
-    """The model that round ``round_number`` starts from, sharded over the group, with optimizer and schedule."""
+    """The model that round ``round_number`` starts from, sharded over the group, with optimizer and schedule.
+
+    Raises:
+        ModelError: it cannot have the adapters that are asked for.
+    """
     settings = deepspeed_config(config, group.world_size, load_universal)
     # Alive while from_pretrained runs, it makes transformers build the parameters already sharded.
     sharded_loading = HfDeepSpeedConfig(settings)
@@ -206,7 +210,8 @@ def build_engine(config: Config, round_number: int, group: Group, load_universal
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     train = config.train.of_round(round_number)
     if train.lora is not None:
-        _add_adapters(model, train.lora, seed=config.seed * 1_000_003 + round_number)
+        seed_torch(config.seed, round_number)
+        _add_adapters(model, train.lora)
     else:
         _keep_layers_whole(model)
     module = ForcingModule(model, train.loss_chunk_tokens)
@@ -242,13 +247,25 @@ def _keep_layers_whole(model: PreTrainedModel) -> None:
     deepspeed.utils.set_z3_leaf_modules(model, layers, raise_if_not_found=False)
 
 
-def _add_adapters(model: PreTrainedModel, lora: LoraSettings, seed: int) -> None:
-    """Put LoRA's adapters into ``model`` in place and freeze the rest; every rank draws the same ones."""
-    from peft import LoraConfig, inject_adapter_in_model  # slow to import, and few train adapters
+def seed_torch(seed: int, number: int) -> None:
+    """Have torch draw the same from here on in every process and after a restart; ``number`` is a step or a round."""
+    torch.manual_seed((seed * 1_000_003 + number) % 2**63)
 
-    torch.manual_seed(seed)
+
+def _add_adapters(model: PreTrainedModel, lora: LoraSettings) -> None:
+    """Put LoRA's adapters into ``model`` in place and freeze the rest; every rank draws the same ones."""
+    # Slow to import, and few train adapters.
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
     )
     inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, part in model.named_modules():
+        if part in ends and isinstance(part, LoraLayer):  # the loss applies the head's weight by itself
+            raise ModelError(
+                f"train.lora.target_modules: {name} cannot have adapters: embedding and head stay as they are"
+            )

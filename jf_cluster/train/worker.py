@@ -146,10 +146,9 @@ def _start(job: RankJob, config: Config, group: Group) -> Start:
 
 def _steps(job: RankJob, config: Config, group: Group, ranks: DeepSpeedEngine, start: Start) -> bool:
     """Optimizer steps from ``start`` on, logged by rank 0 and saved by all; whether the weights are to be exported."""
-    import torch
-
     from jf_cluster.train import checkpoints
     from jf_cluster.train.batches import BatchSource
+    from jf_cluster.train.engine import seed_torch
     from jf_cluster.train.plan import TrainingPlan
     from jf_cluster.train.sharing import Sharing, alone
     from jf_cluster.train.step import peak_memory_bytes, train_step
@@ -198,7 +197,7 @@ def _steps(job: RankJob, config: Config, group: Group, ranks: DeepSpeedEngine, s
         for planned in planned_steps:
             rate = float(ranks.optimizer.param_groups[0]["lr"])
             # Dropout, where a model has any, repeats after a restart.
-            torch.manual_seed(config.seed * 1_000_003 + planned.step)
+            seed_torch(config.seed, planned.step)
             result = train_step(ranks, planned.batches, train.ar_weight)
             writer.settle()
             reason = guard.trouble(result.loss, result.gradient_norm)

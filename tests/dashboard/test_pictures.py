@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
+import pytest
 
 from jf_cluster.config import Config
 from jf_cluster.dashboard.gathered import gather
-from jf_cluster.dashboard.heatmaps import DECODING, TRAJECTORY
+from jf_cluster.dashboard.heatmaps import DECODING, POSITIONS, TRAJECTORY
 from jf_cluster.dashboard.page import page, pictures
 from jf_cluster.dashboard.showing import show
+from jf_cluster.evaluate import looking
+from jf_cluster.report import rows_of
 from jf_cluster.tracking import Tracker
 from tests.dashboard.conftest import BLOCK
+from trajectory_store import Trajectory
 
 NAMES = [
     *("speed-and-accuracy", "trajectories", "iterations", "acceptance", "accepted"),
@@ -62,6 +69,19 @@ def test_the_heat_maps_mark_what_happened(finished: tuple[Config, Tracker]) -> N
     ]
 
 
+def test_a_block_longer_than_the_picture_is_shown_up_to_its_edge(finished: tuple[Config, Tracker]) -> None:
+    found = gather(*finished, 2)
+    (first, *_) = found.collected
+    row = first.example
+    long = Trajectory(
+        row.prompt_id, row.prompt, np.tile(row.response, 4), True, np.array([1], np.int32), np.zeros(1, np.int32),
+        np.full(4 * len(row.response), 5, np.int32),
+    )  # fmt: skip
+    assert len(long.response) > POSITIONS
+    drawn = pictures(replace(found, collected=(replace(first, block_size=2 * POSITIONS, example=long),)))
+    assert np.array(drawn["trajectories"].figure.data[0].z).shape == (2, POSITIONS)
+
+
 def test_the_page_is_complete_in_itself_and_holds_its_library_once(finished: tuple[Config, Tracker]) -> None:
     config, tracker = finished
     html = page(gather(config, tracker, 2))
@@ -75,3 +95,15 @@ def test_what_is_missing_is_left_out(tmp_path) -> None:
     tracker = Tracker.open(config)
     assert pictures(gather(config, tracker, 0)) == {}
     assert show(config, tracker) == [] and (config.run_dir / "overview.html").is_file()
+
+
+def test_a_model_put_aside_and_a_damaged_look_stop_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = Config.model_validate({"name": "aside", "runs_dir": tmp_path})
+    tracker = Tracker.open(config)
+    for name in ("round-002", "round-003.bak", "round-004-old", ".round-005"):
+        (config.run_dir / "models" / name).mkdir(parents=True)
+    assert config.newest_model() == 2 and rows_of(config) == []
+    damaged = looking._path(config, 2)
+    damaged.parent.mkdir()
+    damaged.write_text("")
+    assert show(config, tracker) == [] and f"{damaged} cannot be read" in caplog.text

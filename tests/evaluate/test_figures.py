@@ -121,6 +121,24 @@ def test_an_evaluation_of_another_model_does_not_count(
     assert load_evaluation(config, 1) == now
 
 
+def test_a_base_that_was_made_again_is_evaluated_again(tmp_path: Path) -> None:
+    """Where another run's model is the base, which says its hash; no other base is hashed at every look."""
+    config = Config.model_validate({"runs_dir": tmp_path / "runs", "model": {"path": str(tmp_path / "base")}})
+    (tmp_path / "base").mkdir()
+    found = evaluation(0, "yn", 1.5)
+    save_evaluation(config, found)
+    assert load_evaluation(config, 0) == found
+    for made, counts in (("x", True), ("new", False)):
+        (tmp_path / "base" / "lineage.json").write_text(json.dumps({"model_hash": made}))
+        assert (load_evaluation(config, 0) is not None) == counts
+
+
+def test_prompts_without_a_reference_answer_are_left_out_of_the_comparison() -> None:
+    now = evaluation(1, "yyy", 1.0).model_copy(update={"right": {"0": True, "1": True}})
+    change = compare(now, evaluation(0, "nnn", 1.0).model_copy(update={"right": {"1": False, "2": False}}))
+    assert (change.gained, change.lost) == (1, 0)
+
+
 def test_speed_up_is_over_the_strongest_ar() -> None:
     now = evaluation(1, "yn", 3.0)
     assert (now.strongest_ar_tps, now.speedup("jacobi"), now.speedup("ar")) == (200.0, 1.5, 0.5)

@@ -143,7 +143,7 @@ def test_a_completion_is_the_prompts_function_or_a_whole_one(response: str, righ
 def test_all_responses_are_judged_in_order_and_equal_ones_once() -> None:
     pairs = [("    return 0\n", REFERENCE), ("    return sum(numbers) / len(numbers)\n", REFERENCE)] * 3
     assert grade("code", pairs, LIMITS, threads=2) == [False, True] * 3
-    assert grade("gsm8k", [("1", "1"), ("2", "1")], LIMITS) == [True, False]
+    assert grade("gsm8k", [("1", "1"), ("2", None), ("2", "1")], LIMITS) == [True, None, False]
 
 
 @pytest.mark.skipif("JF_HUMANEVAL" not in os.environ, reason="JF_HUMANEVAL names no HumanEval.jsonl.gz")

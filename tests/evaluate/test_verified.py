@@ -14,12 +14,14 @@ from tests.flow.conftest import small_config
 
 
 def test_the_base_writes_what_the_model_gets_wrong(tmp_path: Path) -> None:
+    """And what nothing can be graded by: a row of a data set without a reference answer."""
     changes = {"prompts__per_round": 4, "collect__responses": "verified", "collect__max_new_tokens": 200}
     config = small_config(tmp_path, TINY_BASE, **changes)
     shutil.copytree(TINY_BASE, config.model_dir(1))  # the shipped model, which is nearly always right
     collector = collector_of_round_2(config)
     prompts = load_prompts(config, load_tokenizer(config), 2)
-    prompts = [replace(p, answer="-1") if n % 2 else p for n, p in enumerate(prompts)]
+    answers = [prompts[0].answer, "-1", prompts[2].answer, None]
+    prompts = [replace(p, answer=answer) for p, answer in zip(prompts, answers, strict=True)]
     own = collector._own(prompts, list(range(4)))
     assert [row is None for row in own] == [False, True, False, True]
     responses, reused = collector._of_base(prompts[1::2], [1, 3])

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -171,7 +172,20 @@ def test_whatever_a_library_makes_of_a_full_disk_names_the_file(disk: Disk, tmp_
 def test_a_small_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     write_whole(path, "before")
-    path.with_name(".figures.json.tmp").symlink_to("/dev/full")
+    path.with_name(f".figures.json.{os.getpid()}-{threading.get_ident()}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
         write_whole(path, "after")
     assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_a_small_file_may_be_written_by_several_at_once(tmp_path: Path) -> None:
+    path, texts = tmp_path / "figures.json", ["a" * 5000, "b" * 9000]
+
+    def write(text: str) -> None:
+        for _ in range(100):
+            write_whole(path, text)
+            assert path.read_text() in texts
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, texts))
+    assert [p.name for p in tmp_path.iterdir()] == ["figures.json"]

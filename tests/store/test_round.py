@@ -25,6 +25,7 @@ from trajectory_store import (
     StoreError,
     TrajectoryStore,
 )
+from trajectory_store.commands import named_round
 from trajectory_store.folder import Folder
 
 
@@ -265,6 +266,21 @@ def test_urls_and_other_filesystems(tmp_path: Path, provenance: Provenance) -> N
     assert [r.number for r in by_url.rounds()] == [1]
     with pytest.raises(StoreError, match="nosuch"):
         TrajectoryStore("nosuch://x/y")
+
+
+@pytest.mark.parametrize(
+    ("url", "beneath"),
+    [
+        ("s3://bucket/store?region=eu-west-1&scheme=http", "s3://bucket/store/round-012?region=eu-west-1&scheme=http"),
+        ("file:///srv/store/", "file:///srv/store/round-012"),
+        ("runs/what?/store", "runs/what?/store/round-012"),
+    ],
+)
+def test_a_round_is_named_as_the_command_line_takes_it(url: str, beneath: str) -> None:
+    store = TrajectoryStore(url)
+    assert store.url_of(12) == beneath
+    named = named_round(beneath)
+    assert named is not None and named.number == 12 and named.folder.path == store.round(12).folder.path
 
 
 def test_a_remote_filesystem(provenance: Provenance) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from jf_cluster.config import Config
+from jf_cluster.models import ModelError
 from tests.train.conftest import Ranks, job_of, losses, rewind, seal, weights
 
 LORA = {"rank": 2, "alpha": 8.0}
@@ -127,6 +129,16 @@ def test_adapters_are_merged_into_a_plain_model(
         # x·W + s·(x·A)·B against x·(W + s·A·B): rounding alone.
         torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-4, atol=1e-4)
         assert (before(ids).logits - logits).abs().max() > 0.1
+
+
+def test_adapters_of_the_head_are_refused(configured: Callable[..., Config]) -> None:
+    """The loss applies the head's weight by itself: its adapters would stay as they were drawn."""
+    from jf_cluster.train import engine
+
+    lora = configured(lora=LORA).train.lora
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ModelError, match=r"target_modules: lm_head cannot have adapters"):
+        engine._add_adapters(model, lora.model_copy(update={"target_modules": ("q_proj", "lm_head")}))
 
 
 def test_adapters_alone_are_trained_saved_and_resumed(

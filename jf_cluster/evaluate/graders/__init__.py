@@ -51,12 +51,12 @@ def is_right(grader: Grader, response: str, reference: str | None, limits: Sandb
     return extract(grader, response) == expected
 
 
-def grade(grader: Grader, pairs: Sequence[Pair], limits: SandboxConfig, threads: int = 1) -> list[bool]:
-    """Whether each response is right; the same response to the same reference is judged once.
+def grade(grader: Grader, pairs: Sequence[Pair], limits: SandboxConfig, threads: int = 1) -> list[bool | None]:
+    """Whether each response is right, None without a reference; the same response to the same one is judged once.
 
-    Errors as ``is_right``. Code runs in ``threads`` sandboxes at a time.
+    Errors otherwise as ``is_right``. Code runs in ``threads`` sandboxes at a time.
     """
-    different = list(dict.fromkeys(pairs))
+    different = list(dict.fromkeys(pair for pair in pairs if pair[1] is not None))
 
     def judged(pair: Pair) -> bool:
         return is_right(grader, *pair, limits)
@@ -66,4 +66,4 @@ def grade(grader: Grader, pairs: Sequence[Pair], limits: SandboxConfig, threads:
             verdicts = dict(zip(different, pool.map(judged, different), strict=True))
     else:
         verdicts = {pair: judged(pair) for pair in different}
-    return [verdicts[pair] for pair in pairs]
+    return [verdicts.get(pair) for pair in pairs]
