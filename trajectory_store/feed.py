@@ -107,7 +107,7 @@ class TrajectoryFeed(ReadingAhead[FeedStep]):
         return (partial(self._read, rows, position) for rows, position in self._plan())
 
     def _read(self, rows: Rows, position: Position) -> FeedStep:
-        return FeedStep(tuple(self._reader[row] for row in rows.tolist()), rows, position)
+        return FeedStep(tuple(self._reader[row].copy() for row in rows.tolist()), rows, position)
 
     def _plan(self) -> Iterator[tuple[Rows, Position]]:
         """This rank's rows of every step, with the position after it."""

@@ -128,7 +128,7 @@ class RoundFollower(ReadingAhead[FollowStep]):
         return partial(self._read, [places[i] for i in share.tolist()], position)
 
     def _read(self, places: list[Place], position: FollowPosition) -> FollowStep:
-        return FollowStep(tuple(self._row(place) for place in places), position)
+        return FollowStep(tuple(self._row(place).copy() for place in places), position)
 
     def _row(self, place: Place) -> Trajectory:
         try:

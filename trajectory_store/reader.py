@@ -85,7 +85,8 @@ class TrajectoryReader:
     """The rows of a sealed round in canonical order (by prompt id), whoever wrote them.
 
     `reader[i]` decodes one record batch and keeps it with the recently used ones, up to `cache_bytes`; token arrays
-    are read-only views into it. Safe for several threads, and while the round is being compacted.
+    are read-only views into it, so that whoever keeps rows keeps their `copy()`. Safe for several threads, and while
+    the round is being compacted.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ of block b.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,10 @@ class Trajectory:
     def __hash__(self) -> int:
         return hash(self.prompt_id)
 
+    def copy(self) -> Trajectory:
+        """The same with arrays of its own: those of a reader are views that keep the row's whole record batch."""
+        return replace(self, **{name: getattr(self, name).copy() for name in ARRAY_FIELDS})
+
     @property
     def nbytes(self) -> int:
         """Bytes of the token arrays in memory."""
@@ -109,6 +113,8 @@ def normalised(trajectory: Trajectory, block_size: int) -> Trajectory:
     except UnicodeEncodeError as error:
         raise InvalidTrajectoryError(f"prompt id {prompt_id!r} cannot be written as UTF-8") from error
     arrays = {name: _int32(prompt_id, name, getattr(trajectory, name)) for name in ARRAY_FIELDS}
+    if not len(arrays["prompt"]):
+        raise InvalidTrajectoryError(f"{prompt_id!r}: the prompt is empty, so that nothing precedes the response")
     checked = Trajectory(prompt_id=prompt_id, finished=bool(trajectory.finished), **arrays)
     lengths = checked.block_lengths(block_size)
     if len(checked.iterations) != len(lengths):

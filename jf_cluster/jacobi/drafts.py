@@ -32,7 +32,8 @@ class Drafting:
     blocks: int = 2
     """K: blocks in flight."""
     spawn_ratio: float = 0.85
-    """r: share of the first block that must be accepted before another one starts behind."""
+    """r: share of the first block that must be accepted before another one starts behind, in whole tokens, rounded
+    down."""
     pool: int = 4
     """Recycled n-grams verified beside the draft."""
     gram: int = 4
@@ -215,7 +216,8 @@ class Row:
             picks = self._random.integers(known + len(self.tokens), size=missing).tolist()
             self.draft += [int(self._context[i]) if i < known else self.tokens[i - known] for i in picks]
         if self.drafting.candidates:
-            found = self._pool.find(self.tokens[-1])
+            left = self.max_new_tokens - len(self.tokens)  # a position past them may be past the model's context
+            found = [c[:left] for c in self._pool.find(self.tokens[-1])]
             self.candidates = [c for c in found if list(c) != self.draft[: len(c)]]
 
 

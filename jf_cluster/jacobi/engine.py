@@ -12,8 +12,11 @@ anew whose size grows with what was written before; a batch makes the mask that 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -43,7 +46,8 @@ class Batch:
     def __init__(
         self, model: PreTrainedModel, *, rows: int, slots: int, widest: int, static: bool | None = None
     ) -> None:
-        self.model, self.capacity, self.slots, self.widest = model, rows, slots, widest
+        self._model = weakref.ref(model)  # a batch that is kept for the next call does not keep the model
+        self.capacity, self.slots, self.widest = rows, slots, widest
         self.cache = KeyValueCache(model.config, rows, slots + widest, dtype=model.dtype, device=model.device)
         self.active: list[Row] = []
         """Rows being decoded; row i lies in cache row i."""
@@ -52,7 +56,13 @@ class Batch:
         static = model.device.type == "cuda" and rows <= GRAPH_ROWS if static is None else static
         self._graphs = Graphs(self._packed_forward, model.device) if static else None
         self._head = output_head(model)
-        self._weights = next(model.parameters()).data_ptr()
+        self._weights = _addresses(model)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        model = self._model()
+        assert model is not None, "whoever decodes holds the model"
+        return model
 
     @property
     def free(self) -> int:
@@ -66,7 +76,7 @@ class Batch:
     def serves(self, rows: int, slots: int, widest: int) -> bool:
         """Whether this batch, idle, has the place for other rows and the model's weights are where they were."""
         roomy = rows == self.capacity and slots <= self.slots and widest <= self.widest
-        return roomy and not self.active and self._weights == next(self.model.parameters()).data_ptr()
+        return roomy and not self.active and self._weights == _addresses(self.model)
 
     def join(self, rows: Sequence[Row]) -> Accepted:
         """Prefill ``rows`` in one forward pass and give each one's first token; rows done with it do not stay."""
@@ -183,12 +193,12 @@ class Batch:
             buffer = self._graphs.host(5, count, width)
         else:
             buffer = torch.empty((5, count, width), dtype=torch.int64)
-        # tokens, slots, positions, end of the stem and begin of the own branch
+        # Tokens, slots, positions, end of the stem and begin of the own branch. Unused places have no position of their
+        # own: some models turn every token by other angles when there is one past their context (dynamic, longrope).
         packed = buffer.numpy()
         packed[:] = 0
         packed[1:, : len(rows)] = last[:, None]
         packed[1] += np.arange(width)
-        packed[2] += np.arange(width)
         for i, r in enumerate(rows):
             size = len(r.proposed)
             packed[0, i, :size] = r.proposed
@@ -288,16 +298,23 @@ def decode_rows(model: PreTrainedModel, rows: Sequence[Row]) -> Iterator[tuple[i
                 accepted = [] if all(row.done for row in rows) else batch.step()
 
 
-_kept: list[Batch] = []
+def _addresses(model: PreTrainedModel) -> list[int]:
+    """Where everything lies that a recorded graph reads of a model."""
+    return [tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers())]
+
+
+_kept: WeakKeyDictionary[PreTrainedModel, Batch] = WeakKeyDictionary()
 """On a GPU the last batch, for the next call with that model: recording graphs takes longer than many a response."""
 
 
 def _batch_for(model: PreTrainedModel, rows: int, slots: int, widest: int) -> Batch:
-    if _kept and _kept[0].model is model and _kept[0].serves(rows, slots, widest):
-        return _kept[0]
+    kept = _kept.get(model)
+    if kept is not None and kept.serves(rows, slots, widest):
+        return kept
     batch = Batch(model, rows=rows, slots=slots, widest=widest)
     if batch.static:
-        _kept[:] = [batch]
+        _kept.clear()
+        _kept[model] = batch
     return batch
 
 

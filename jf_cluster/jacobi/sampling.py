@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 
+LOGITS_AT_A_TIME = 1 << 24
+"""A sample takes some 36 bytes a logit while it is drawn, and collecting draws for tens of thousands of positions."""
+
 # SplitMix64's constants (Steele, Lea, Flood 2014) as signed 64-bit integers.
 _GOLDEN, _MIX1, _MIX2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -49,6 +52,11 @@ class Sampling:
         """Give the next tokens, int64 [N], from logits [N, V], prompt keys and response positions (int64 [N] each)."""
         if self.temperature == 0:
             return most_likely(logits)
+        rows = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
+        parts = zip(*(torch.split(x, rows) for x in (logits, keys, positions)), strict=True)
+        return torch.cat([self._drawn(*part) for part in parts])
+
+    def _drawn(self, logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         scaled = self._filter(logits.float() / self.temperature)
         return most_likely(scaled + gumbel(keys, positions, logits.shape[-1]))
 

@@ -55,6 +55,9 @@ def check_model(model: PreTrainedModel) -> None:
             f"so that a token depends on what comes after it: set max_position_embeddings to {original} in its "
             "config.json"
         )
+    caps = ("final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap")
+    if capped := [name for name in caps if getattr(config, name, None)]:
+        raise UnsupportedModelError(f"{kind} bounds its scores or logits ({capped[0]}), which is not supported")
     if getattr(config, "num_key_value_heads", None) is None or not getattr(model, "_supports_attention_backend", True):
         raise UnsupportedModelError(f"{kind} does not use transformers' attention interface over a key-value cache")
 
@@ -74,6 +77,7 @@ def check_forward(model: PreTrainedModel, dense: str) -> bool:
         return False
     tokens = torch.arange(TRIED_TOKENS, device=model.device) % weight.shape[0]
     own = model(input_ids=tokens[None], use_cache=False).logits[0]
+    headed = output_head(model)(model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0])
     model.set_attn_implementation(dense)
     try:
         flat, cached = _as_branches(model, tokens), _over_a_cache(model, tokens)
@@ -83,7 +87,7 @@ def check_forward(model: PreTrainedModel, dense: str) -> bool:
         raise UnsupportedModelError(
             f"{model.config.model_type} cannot be run in branches, a forward of {TRIED_TOKENS} tokens fails: {error}"
         ) from error
-    if _differ(flat, torch.cat([own, own[TRIED_BRANCH:]])) or _differ(cached, own):
+    if _differ(flat, torch.cat([own, own[TRIED_BRANCH:]])) or _differ(cached, own) or _differ(headed, own, 0.01):
         raise UnsupportedModelError(
             f"{model.config.model_type} computes other logits in branches than by itself: its attention or its output "
             "head does something that Jacobi decoding does not know"
@@ -91,10 +95,10 @@ def check_forward(model: PreTrainedModel, dense: str) -> bool:
     return True
 
 
-def _differ(ours: Tensor, theirs: Tensor) -> bool:
+def _differ(ours: Tensor, theirs: Tensor, low_precision: float = 0.2) -> bool:
     """Whether logits [N, V] differ by far more than rounding does (in low precision it may turn a router's choice)."""
     a, b = (x.float() - x.float().mean(-1, keepdim=True) for x in (ours, theirs))
-    return not bool((a - b).norm() <= (1e-3 if theirs.dtype == torch.float32 else 0.2) * b.norm())
+    return not bool((a - b).norm() <= (1e-3 if theirs.dtype == torch.float32 else low_precision) * b.norm())
 
 
 def _as_branches(model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -24,8 +24,14 @@ from jf_cluster.jacobi.drafts import JACOBI, Drafting, Mode
 from jf_cluster.jacobi.sampling import GREEDY, Sampling, prompt_key
 from jf_cluster.jacobi.text import Decode
 
-OURS = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MaxLengthCriteria", "EosTokenCriteria"}
-"""What transformers builds from settings that are served here by other means."""
+OURS = {
+    "TemperatureLogitsWarper": "temperature",
+    "TopKLogitsWarper": "top_k",
+    "TopPLogitsWarper": "top_p",
+    "MaxLengthCriteria": "max_length",
+    "EosTokenCriteria": "eos_token_id",
+}
+"""What transformers builds from settings that are served here by other means, and the attribute that holds each."""
 
 
 class UnsupportedGenerationError(ValueError):
@@ -154,12 +160,16 @@ def _refuse(
     stopping_criteria: StoppingCriteriaList | None,
     model_kwargs: dict[str, Any],
 ) -> None:
-    names = [type(p).__name__ for p in [*(logits_processor or []), *(stopping_criteria or [])]]
-    if foreign := sorted(set(names) - OURS):
+    parts = [(type(part).__name__, part) for part in [*(logits_processor or []), *(stopping_criteria or [])]]
+    if foreign := sorted({name for name, _ in parts} - OURS.keys()):
         raise UnsupportedGenerationError(
             f"Jacobi decoding does not serve {', '.join(foreign)}; where the model's generation configuration asks for "
             "it, switch it off in the call, as repetition_penalty=1.0 does"
         )
+    for name, part in parts:  # one that the caller made takes the place of transformers' own
+        setting = OURS[name]
+        if _as_set(getattr(part, setting)) != _as_set(getattr(config, setting)):
+            raise UnsupportedGenerationError(f"Jacobi decoding takes no {name}: give {setting}= in its stead")
     others = ("assistant_early_exit", "dola_layers", "penalty_alpha", "prompt_lookup_num_tokens")
     if wanted := [name for name in others if getattr(config, name, None)]:
         raise UnsupportedGenerationError(f"Jacobi decoding is not decoding with {', '.join(wanted)}: leave one out")
@@ -173,6 +183,11 @@ def _refuse(
         raise UnsupportedGenerationError("Jacobi decoding fills a cache of its own; past_key_values must be empty")
     if model_kwargs.get("inputs_embeds") is not None:
         raise UnsupportedGenerationError("Jacobi decoding needs input_ids, not inputs_embeds")
+
+
+def _as_set(value: Any) -> set[float]:
+    """A setting's value, or several as of end tokens, in whatever form."""
+    return set(torch.as_tensor([] if value is None else value).flatten().tolist())
 
 
 def _drafting(model: PreTrainedModel, drafting: Drafting | Mode | Auto, **settings: Any) -> Drafting:

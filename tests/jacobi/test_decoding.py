@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from itertools import zip_longest
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
+from jf_cluster.jacobi import engine
 from jf_cluster.jacobi.attention import branch_attention
 from jf_cluster.jacobi.cache import KeyValueCache
 from jf_cluster.jacobi.decoding import PromptError, generate, stream
@@ -198,7 +202,7 @@ def test_a_stream_that_is_over_leaves_the_next_ones_batch_alone(
 ) -> None:
     """On a GPU the batch is kept for the next call, here without recording graphs."""
     monkeypatch.setattr("jf_cluster.jacobi.engine.Batch", partial(Batch, static=True))
-    monkeypatch.setattr("jf_cluster.jacobi.engine._kept", [])
+    monkeypatch.setattr("jf_cluster.jacobi.engine._kept", WeakKeyDictionary())
     first, second = random_prompts([7, 7])
     (expected,) = oracle_responses(qwen2, [second], 12)
     over = stream(qwen2, first.tolist(), max_new_tokens=4, end_ids=[])
@@ -208,6 +212,24 @@ def test_a_stream_that_is_over_leaves_the_next_ones_batch_alone(
     written = next(after)[0]
     assert next(over, None) is None
     assert written + [token for tokens, _ in after for token in tokens] == expected
+
+
+def test_a_kept_batch_keeps_no_model_and_serves_no_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jf_cluster.jacobi.engine.Batch", partial(Batch, static=True))
+    model = make_model("llama")
+
+    def kept(model: PreTrainedModel) -> Batch:
+        generate(model, [[1, 2, 3]], max_new_tokens=4, end_ids=[END])
+        return engine._kept[model]
+
+    first = kept(model)
+    assert kept(model) is first
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # a recorded graph has the old one
+    assert kept(model) is not first
+    alive = weakref.ref(model)
+    del first, model
+    gc.collect()
+    assert alive() is None and len(engine._kept) == 0
 
 
 def test_the_cost_of_a_response_adds_up(qwen2: PreTrainedModel) -> None:

@@ -16,6 +16,15 @@ def test_noise_is_a_function_of_key_position_and_token() -> None:
     assert len({tuple(r.tolist()) for r in together}) == 3
 
 
+@pytest.mark.parametrize("at_a_time", [1, 100, 151])
+def test_many_positions_are_drawn_part_by_part(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
+    keys, sampling = torch.arange(13) % 4, Sampling(0.8, top_p=0.9)
+    logits = torch.randn(13, 50, generator=torch.Generator().manual_seed(0))
+    whole = sampling.choose(logits, keys, torch.arange(13))
+    monkeypatch.setattr("jf_cluster.jacobi.sampling.LOGITS_AT_A_TIME", at_a_time)
+    assert torch.equal(sampling.choose(logits, keys, torch.arange(13)), whole)
+
+
 def test_noise_is_standard_gumbel() -> None:
     noise = gumbel(torch.arange(400), torch.arange(400), 500).double()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # standard error 0.003

@@ -82,7 +82,7 @@ def test_other_decoders_decode_sample_and_train_as_they_are(kind: str, settings:
         ("starcoder2", {"sliding_window": 8}, "full attention in every layer"),
         ("deepseek_v3", COMPRESSED, "MLA"),
         ("diffllama", {}, "computes other logits in branches"),  # two halves of attention share a layer's cache
-        ("nanochat", {}, "computes other logits in branches"),  # its logits are capped
+        ("nanochat", {"dtype": torch.bfloat16}, "bounds its scores or logits"),  # which rounding could hide
         ("nemotron", {}, "cannot be run in branches, a forward of 8 tokens fails"),  # attention without arguments
         ("gpt2", {}, "does not use transformers' attention interface"),
     ],
@@ -104,6 +104,26 @@ def test_rotary_angles_that_change_with_the_length_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="set max_position_embeddings to 32"):
         support.check_model(make("phi3", **settings))
     support.check_model(make("phi3", max_position_embeddings=32, **settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rotary"),
+    [
+        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}),
+        ("llama", {"rope_type": "dynamic", "factor": 4.0}),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_nothing_stands_past_the_context(kind: str, rotary: dict[str, Any], count: int) -> None:
+    """One position past it, and such a model turns all others of the forward by other angles."""
+    settings = {"rope_parameters": {"rope_theta": 1e4, **rotary}, "sliding_window": None}
+    model = make(kind, max_position_embeddings=64, original_max_position_embeddings=64, **settings)
+    for seed in range(4):
+        prompts = random_prompts([20, 11][:count], seed)
+        expected = oracle_responses(model, prompts, 44)
+        for drafting in (Drafting("jacobi", 8), Drafting("multiblock", 8, pool=4)):
+            got = generate(model, [p.tolist() for p in prompts], max_new_tokens=44, end_ids=[END], drafting=drafting)
+            assert [g.tokens for g in got] == expected
 
 
 def test_a_model_is_tried_once_and_not_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:

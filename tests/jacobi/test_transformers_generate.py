@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+)
 from transformers.dynamic_module_utils import check_imports
 
 from jf_cluster.jacobi.decoding import Generation
@@ -65,6 +72,15 @@ def test_what_it_does_not_serve_is_refused(qwen2: PreTrainedModel) -> None:
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
+            qwen2.generate(ids, max_new_tokens=4, eos_token_id=END, pad_token_id=PAD, custom_generate=generate, **wrong)
+    for wrong, setting in (
+        ({"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(8)])}, "max_length"),
+        ({"stopping_criteria": StoppingCriteriaList([EosTokenCriteria(7)])}, "eos_token_id"),
+        ({"logits_processor": LogitsProcessorList([TopKLogitsWarper(1)]), "do_sample": True}, "top_k"),
+    ):
+        with pytest.raises(
+            UnsupportedGenerationError, match=f"Jacobi decoding takes no .*: give {setting}= in its stead"
+        ):
             qwen2.generate(ids, max_new_tokens=4, eos_token_id=END, pad_token_id=PAD, custom_generate=generate, **wrong)
     with pytest.raises(UnsupportedGenerationError, match="stop strings need tokenizer="):
         generate(qwen2, inputs=ids, stop_strings="x", max_new_tokens=4)

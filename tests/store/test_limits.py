@@ -16,7 +16,14 @@ import numpy as np
 import pytest
 
 from tests.store.conftest import make_trajectory, memory_folder
-from trajectory_store import Provenance, Round, StoreUnavailableError, Trajectory, TrajectoryStore
+from trajectory_store import (
+    InvalidTrajectoryError,
+    Provenance,
+    Round,
+    StoreUnavailableError,
+    Trajectory,
+    TrajectoryStore,
+)
 from trajectory_store.local_files import host_name
 
 
@@ -166,7 +173,6 @@ def test_extreme_rows(round_: Round, provenance: Provenance) -> None:
     nothing = np.zeros(0, np.int32)
     rows = [
         Trajectory("empty response", np.array([1], np.int32), nothing, False, nothing, nothing, nothing),
-        Trajectory("empty everything", nothing, nothing, True, nothing, nothing, nothing),
         make_trajectory("long", response_tokens=100_000),
         make_trajectory("ünïcødé \N{SNOWMAN} / \\ \n"),
         Trajectory("largest token", np.array([2**31 - 1], np.int32), nothing, True, nothing, nothing, nothing),
@@ -175,10 +181,17 @@ def test_extreme_rows(round_: Round, provenance: Provenance) -> None:
         for row in rows:
             writer.append(row)
     manifest = round_.seal(provenance)
-    assert manifest.rows == 5
+    assert manifest.rows == 4
     reader = round_.reader()
     for row in rows:
         assert reader.find(row.prompt_id) == row
+
+
+def test_a_row_without_a_prompt_is_refused(round_: Round, provenance: Provenance) -> None:
+    """Its first token would be learned from whatever lies before it in a micro-batch."""
+    nothing = np.zeros(0, np.int32)
+    with pytest.raises(InvalidTrajectoryError, match="'a': the prompt is empty"):
+        round_.writer(provenance).append(Trajectory("a", nothing, nothing, True, nothing, nothing, nothing))
 
 
 def test_a_hundred_thousand_small_rows(round_: Round, provenance: Provenance) -> None:
