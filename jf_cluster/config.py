@@ -223,7 +223,7 @@ class TrainConfig(Section):
     """ZeRO-3 ranks."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
     """CPU cores that Ray sets aside for each."""
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_worker: Annotated[int, Field(ge=0)] = 0
     """GPUs that Ray sets aside for each; 0 computes on the CPU."""
     steps: Positive = 300
     """Optimizer steps per round."""

@@ -18,6 +18,15 @@ NO_ROOM_BYTES = 1 << 20
 """A library that lost the system's reason failed for want of room where less than this is left."""
 
 
+def sync(path: Path) -> None:
+    """Have the system write to the disk what it holds of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_whole(path: Path, text: str | bytes) -> None:
     """Make ``text`` appear as ``path`` in one step, replacing what was there; its folder is made.
 
@@ -27,10 +36,8 @@ def write_whole(path: Path, text: str | bytes) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # others may write it as well
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            file.write(text if isinstance(text, bytes) else text.encode())
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave the new name with nothing in it
+        draft.write_bytes(text if isinstance(text, bytes) else text.encode())
+        sync(draft)  # or a power cut may leave the new name with nothing in it
         draft.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -101,6 +101,7 @@ def test_a_job_in_a_copy_of_its_directory_reads_and_writes_at_home(
         ("collect.block_size=0", r"collect\.block_size"),
         ("train.learning_rate=.inf", r"train\.learning_rate.*finite"),
         ("train.betas=[.nan,0.9]", r"train\.betas\.0.*finite"),
+        ("train.gpus_per_worker=0.5", r"train\.gpus_per_worker: .*integer"),
         ("train.betas=[0.9,1.0]", r"train\.betas\.1.*less than 1"),
         ("train.lora.target_modules=[q_proj,lm_head]", r"train\.lora\.target_modules: .*lm_head cannot have adapters"),
         ("collect.block_size.0=8", r"block_size\.0=8: .*override a list"),

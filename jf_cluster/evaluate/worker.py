@@ -141,6 +141,8 @@ class Evaluator:
         def first_token(*_: object) -> bool:
             # The prefill is not counted on any side: the clock starts when the first new token is known.
             if not begun:
+                if ids.is_cuda:
+                    torch.cuda.synchronize(ids.device)  # transformers asks before the prefill is done
                 begun.append(time.perf_counter())
             return False
 

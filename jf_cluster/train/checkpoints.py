@@ -13,16 +13,21 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
+import secrets
 import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+
+from jf_cluster.config import TrainConfig
+from jf_cluster.messages import first_line
+from jf_cluster.whole_files import sync
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -113,14 +118,16 @@ class CheckpointWriter:
         if self._engine.checkpoint_engine.get_commit_info() is not None:  # no step came since: nobody has waited yet
             self._engine._commit_decoupled_checkpoint()
         checkpoint, self._written = self._written, None
+        target = self._directory / checkpoint.name
+        for part in target.glob(f"*zero_pp_rank_{self._engine.global_rank}_*"):
+            sync(part)
+        dist.barrier()
         if self._engine.global_rank != 0:
             return
-        target = self._directory / checkpoint.name
         marker = target / f".{_COMPLETE}"
         with marker.open("w") as stream:
             json.dump(asdict(checkpoint), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        sync(marker)
         marker.rename(target / _COMPLETE)
         drop_others(self._directory, kept(whole_checkpoints(self._directory), self._keep))
 
@@ -147,23 +154,60 @@ def choose(directory: Path, identity: str) -> Checkpoint | None:
     return found[-1]
 
 
+def to_load(directory: Path, identity: str, train: TrainConfig) -> tuple[Checkpoint | None, bool]:
+    """The checkpoint to go on from, and whether all steps are done; then it is the one to be published.
+
+    Raises:
+        CheckpointError: as :func:`choose`.
+    """
+    last = choose(directory, identity)
+    finished = last is not None and last.step == train.steps
+    return (best(whole_checkpoints(directory)) if finished and train.export == "best" else last), finished
+
+
 def load(engine: DeepSpeedEngine, directory: Path, checkpoint: Checkpoint) -> None:
-    """Restore weights, optimizer and schedule on all ranks; ``engine`` was built for the right kind of checkpoint."""
+    """Restore weights, optimizer and schedule on all ranks; ``engine`` was built for the right kind of checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, as where a machine lost power while it was written.
+    """
     universal = checkpoint.world_size != dist.get_world_size()
     tag = f"{checkpoint.name}-universal" if universal else checkpoint.name
-    path, state = engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
+    path, state, reason = None, None, "not all of it is there"
+    try:
+        path, state = engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
+    except (EOFError, UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        reason = first_line(error)
     if path is None or state["step"] != checkpoint.step:
-        raise CheckpointError(f"DeepSpeed could not load the checkpoint {directory / tag}; delete it to go one back")
+        raise CheckpointError(
+            f"DeepSpeed could not load the checkpoint {directory / tag} ({reason}); delete it to go one back"
+        )
     engine.global_steps = checkpoint.step
+    if universal:
+        # DeepSpeed gives all parameters one and the same count of steps, on the CPU: each step would count for several,
+        # and a fused optimizer looks for it beside the parameter.
+        for parameter, values in engine.optimizer.optimizer.state.items():
+            values["step"] = values["step"].detach().clone().to(parameter.device)
 
 
-def make_universal(directory: Path, checkpoint: Checkpoint) -> None:
-    """Convert a checkpoint to the form that any number of ranks can load, beside it; one rank calls this."""
+def make_loadable(directory: Path, checkpoint: Checkpoint | None, world_size: int) -> None:
+    """Convert a checkpoint of another number of ranks to the form that any number can load, beside it.
+
+    Before the ranks are started: those that wait for each other give up after ten minutes.
+
+    Raises:
+        CheckpointError: it cannot be converted.
+    """
+    if checkpoint is None or checkpoint.world_size == world_size:
+        return
     target = directory / f"{checkpoint.name}-universal"
     if target.exists():
         return
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in directory.glob(f"{target.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}")  # whoever was killed may have left a child
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(directory / checkpoint.name), "--output_folder", str(partial)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

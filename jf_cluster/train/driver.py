@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from jf_cluster.train.progress import followed
 from jf_cluster.train.ranks import TrainingError, run_ranks
 from jf_cluster.train.steps_log import read_steps
 from jf_cluster.train.worker import RankJob
-from jf_cluster.whole_files import write_whole
+from jf_cluster.whole_files import sync, write_whole
 from trajectory_store import Manifest, Provenance, RoundNotSealedError, SealedRows, TrajectoryStore, without_secrets
 from trajectory_store.rows import digest_of, sorted_ids
 
@@ -324,11 +323,6 @@ def _publish(partial: Path, target: Path) -> None:
     """Flush everything under ``partial`` to disk and give it its name in one step."""
     for file in partial.rglob("*"):
         if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+            sync(file)
     partial.rename(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)

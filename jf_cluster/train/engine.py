@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+WRITTEN_WITHIN_S = 24 * 3600
 ADAPTER = "default"
 """What peft calls the one adapter that every layer has under LoRA."""
 
@@ -202,7 +204,8 @@ def build_engine(config: Config, round_number: int, group: Group, load_universal
     settings = deepspeed_config(config, group.world_size, load_universal)
     # Alive while from_pretrained runs, it makes transformers build the parameters already sharded.
     sharded_loading = HfDeepSpeedConfig(settings)
-    model = load_model(config, round_number - 1)
+    # On the ranks' device already: moved to another one, its parameters would be gathered where nothing computes.
+    model = load_model(config, round_number - 1, group.device)
     del sharded_loading
     model.train()
     model.config.use_cache = False
@@ -231,7 +234,10 @@ def build_engine(config: Config, round_number: int, group: Group, load_universal
     )
     if train.checkpoint_async:
         # Private: what the writer wrote it cannot read again, since torch takes nothing but tensors unless told to.
-        engine.checkpoint_engine.load = TorchCheckpointEngine().load
+        writer = engine.checkpoint_engine
+        writer.load = TorchCheckpointEngine().load
+        # Private: it gives up after five minutes, which not every storage keeps to; a dead writer it sees anyway.
+        writer._wait_for_event_with_timeout = partial(writer._wait_for_event_with_timeout, WRITTEN_WITHIN_S)
     return engine
 
 

@@ -20,7 +20,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 from jf_cluster.config import Config
 from jf_cluster.messages import first_line
 from jf_cluster.models import ModelError
-from jf_cluster.train.checkpoints import CheckpointError, drop_others, whole_checkpoints
+from jf_cluster.train.checkpoints import CheckpointError, drop_others, make_loadable, to_load, whole_checkpoints
 from jf_cluster.train.rendezvous import RendezvousConfig
 from jf_cluster.train.worker import RankJob, train_rank
 from jf_cluster.whole_files import is_full
@@ -51,15 +51,14 @@ def run_ranks(config: Config, job: RankJob, storage: Path) -> None:
         try:
             _start(config, job, storage)
             return
+        except CheckpointError as error:
+            raise _to_be_mended(job, error) from error
         except ray.train.WorkerGroupError as error:
             no_room_since = None
             reason = _reason(error)
             if (lasting := _lasting(error)) is not None:
                 _clear(job)
-                raise TrainingError(
-                    f"training round {job.round_number} stopped: {lasting}; the same command goes on from the last "
-                    "checkpoint once the cause is removed"
-                ) from error
+                raise _to_be_mended(job, lasting) from error
             if (now := _reached(job)) > reached:  # a long run meets many accidents, each of which may be the first
                 restarts, reached = 0, now
             restarts += 1
@@ -91,6 +90,13 @@ def run_ranks(config: Config, job: RankJob, storage: Path) -> None:
             time.sleep(POLL_S)
 
 
+def _to_be_mended(job: RankJob, cause: Exception) -> TrainingError:
+    return TrainingError(
+        f"training round {job.round_number} stopped: {cause}; the same command goes on from the last checkpoint once "
+        "the cause is removed"
+    )
+
+
 def _reached(job: RankJob) -> int:
     """Step of the last whole checkpoint."""
     return max((checkpoint.step for checkpoint in whole_checkpoints(Path(job.checkpoints))), default=0)
@@ -99,6 +105,8 @@ def _reached(job: RankJob) -> int:
 def _start(config: Config, job: RankJob, storage: Path) -> None:
     train = config.train
     shutil.rmtree(storage, ignore_errors=True)  # Ray Train's own bookkeeping of an earlier start
+    checkpoint, _ = to_load(Path(job.checkpoints), job.identity, train)
+    make_loadable(Path(job.checkpoints), checkpoint, train.workers)
     trainer = TorchTrainer(
         train_rank,
         train_loop_config=asdict(job),

@@ -116,22 +116,13 @@ def run_rank(job: RankJob) -> None:
 
 
 def _start(job: RankJob, config: Config, group: Group) -> Start:
-    """Where to go on, as rank 0 finds it; on another number of ranks after making the checkpoint fit for it.
-
-    When all steps are done and not the last but the best checkpoint is to be published, that one.
-    """
+    """Where to go on, as rank 0 finds it."""
     from jf_cluster.train import checkpoints
 
     found: Start | checkpoints.CheckpointError | None = None
     if group.rank == 0:
-        directory = Path(job.checkpoints)
         try:
-            checkpoint = checkpoints.choose(directory, job.identity)
-            finished = checkpoint is not None and checkpoint.step == config.train.steps
-            if finished and config.train.export == "best":
-                checkpoint = checkpoints.best(checkpoints.whole_checkpoints(directory))
-            if checkpoint is not None and checkpoint.world_size != group.world_size:
-                checkpoints.make_universal(directory, checkpoint)
+            checkpoint, finished = checkpoints.to_load(Path(job.checkpoints), job.identity, config.train)
             last = checkpoint.step if checkpoint else 0
             done = [record for record in read_steps(Path(job.steps_log)) if record.step <= last]
             tail = done[-max(NORMS, config.train.checkpoint_every_steps) :]

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from jf_cluster.config import Config
 from jf_cluster.models import load_tokenizer, model_hash, tokenizer_hash
+from jf_cluster.train.checkpoints import make_loadable, to_load
 from jf_cluster.train.steps_log import read_steps
 from jf_cluster.train.worker import RankJob, run_rank
 from trajectory_store import Provenance, Trajectory, TrajectoryStore
@@ -275,6 +276,8 @@ class Ranks:
 
     def train(self, job: RankJob, world_size: int) -> int:
         """Start the ranks as the driver does, again whenever they went back; how often that was."""
+        train, directory = Config.model_validate_json(job.config_json).train, Path(job.checkpoints)
+        make_loadable(directory, to_load(directory, job.identity, train)[0], world_size)
         for starts in range(1, 6):
             self.call(run_rank, world_size, job)
             if Path(job.export).exists() or Path(job.stop).exists():

@@ -15,7 +15,7 @@ from transformers.models.hrm_text import HrmTextConfig, HrmTextForCausalLM
 
 from jf_cluster.config import Config
 from jf_cluster.models import ModelError
-from jf_cluster.train.checkpoints import CheckpointError
+from jf_cluster.train.checkpoints import CheckpointError, make_loadable, whole_checkpoints
 from jf_cluster.train.export import check_exportable
 from tests.train.conftest import VOCABULARY, Ranks, job_of, losses, rewind, weights
 
@@ -49,6 +49,69 @@ def test_a_training_goes_on_with_another_number_of_ranks(
     ranks.train(moved, world_size=after)
     torch.testing.assert_close(torch.tensor(losses(moved)), torch.tensor(losses(whole)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weights(moved), weights(whole), rtol=1e-3, atol=1e-3)
+
+
+def steps_counted(config_json: str, directory: str) -> tuple[set[float], int, int]:
+    """After the last checkpoint of other ranks was loaded: the optimizer's counts of steps, of how many parts, kept in
+    how many places."""
+    from jf_cluster.train import checkpoints, engine
+
+    config, made = Config.model_validate_json(config_json), engine.deepspeed_config
+
+    def in_parts(*arguments: Any) -> dict[str, Any]:
+        settings = made(*arguments)
+        settings["zero_optimization"]["sub_group_size"] = 1000  # its default is as many numbers as a large model has
+        return settings
+
+    group = engine.join_group(config)
+    engine.deepspeed_config = in_parts
+    try:
+        ranks = engine.build_engine(config, 1, group, load_universal=True)
+        checkpoints.load(ranks, Path(directory), checkpoints.whole_checkpoints(Path(directory))[-1])
+        steps = [values["step"] for values in ranks.optimizer.optimizer.state.values()]
+        return {float(step) for step in steps}, len(steps), len({step.data_ptr() for step in steps})
+    finally:
+        engine.deepspeed_config = made  # these processes stay for other tests
+        engine.leave_group()
+
+
+def test_every_part_of_the_optimizer_counts_its_own_steps(sealed: Config, ranks: Ranks, tmp_path: Path) -> None:
+    whole = job_of(sealed, tmp_path / "whole")
+    ranks.train(whole, world_size=2)
+    directory = Path(whole.checkpoints)
+    make_loadable(directory, whole_checkpoints(directory)[-1], world_size=1)
+    ((steps, parts, places),) = ranks.call(steps_counted, 1, sealed.model_dump_json(), whole.checkpoints)
+    assert steps == {6.0} and parts > 3 and places == parts
+
+
+def test_the_model_is_loaded_onto_the_ranks_device(sealed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once sharded it must not be moved; there is no GPU here that would show it."""
+    from jf_cluster.train import engine
+
+    class AskedFor(Exception):
+        pass
+
+    def load(config: Config, round_number: int, device: torch.device) -> PreTrainedModel:
+        raise AskedFor(str(device))
+
+    monkeypatch.setattr(engine, "load_model", load)
+    with pytest.raises(AskedFor, match="cuda:1"):
+        engine.build_engine(sealed, 1, engine.Group(1, 2, torch.device("cuda:1")), load_universal=False)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(sealed: Config, ranks: Ranks, tmp_path: Path) -> None:
+    """As where a machine lost power; the one before it is still there."""
+    whole = job_of(sealed, tmp_path / "whole")
+    ranks.train(whole, world_size=2)
+    damaged = rewind(whole, tmp_path / "damaged", to_step=4)
+    folder = Path(damaged.checkpoints) / "step-000004"
+    states = next(folder.glob("*zero_pp_rank_1_*optim_states.pt"))
+    states.write_bytes(states.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"step-000004 .*delete it to go one back"):
+        ranks.train(damaged, world_size=2)
+    shutil.rmtree(folder)
+    ranks.train(damaged, world_size=2)
+    assert losses(damaged) == losses(whole)
 
 
 def partition(config_json: str) -> dict[str, tuple[int, int, int]]:
