@@ -33,6 +33,8 @@ from jf_cluster.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
+LOCAL_STARTS = 3
+"""Ray's half minute for a start is fixed; a machine with much else to do, or with a cold disk, may not keep to it."""
 NODES_WITHIN_S = 900.0
 """How long a cluster that was joined is given to bring the nodes a run needs: they start beside the driver."""
 POLL_S = 2.0
@@ -97,6 +99,13 @@ def join_or_start(address: str | None, cpus: float) -> None:
             raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
     else:
         logger.info("starting a local Ray")
+        _start_local(cpus, quietly)
+    signal.signal(signal.SIGTERM, on_terminate)
+    _warn_if_open(ray.get_runtime_context().gcs_address)
+
+
+def _start_local(cpus: float, options: dict[str, Any]) -> None:
+    for attempt in range(1, LOCAL_STARTS + 1):
         try:
             ray.init(
                 # Without it Ray joins whatever cluster was started last on this machine, whoever started it.
@@ -104,12 +113,13 @@ def join_or_start(address: str | None, cpus: float) -> None:
                 num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                **quietly,
+                **options,
             )
+            return
         except Exception as error:  # a bare one where Ray's processes do not answer in time
-            raise ClusterError(f"Ray does not start on this machine: {error}") from error
-    signal.signal(signal.SIGTERM, on_terminate)
-    _warn_if_open(ray.get_runtime_context().gcs_address)
+            if attempt == LOCAL_STARTS or "timed out" not in str(error):
+                raise ClusterError(f"Ray does not start on this machine: {error}") from error
+            logger.warning("Ray has not started in the time it gives itself, half a minute: once more")
 
 
 def _warn_if_open(gcs_address: str) -> None:

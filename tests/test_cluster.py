@@ -121,3 +121,17 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ray, "init", late)
     with pytest.raises(ClusterError, match=r"^Ray does not start on this machine: The current node timed out"):
         cluster.join_or_start(None, 2)
+
+
+def test_a_ray_that_is_late_is_started_once_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = [Exception("The current node timed out during startup."), ValueError("no memory")]
+
+    def fails(**_: object) -> None:
+        raise failures.pop(0)
+
+    monkeypatch.setattr(ray, "init", fails)
+    with pytest.raises(ClusterError, match="Ray does not start on this machine: no memory"):
+        cluster.join_or_start(None, 2)
+    assert failures == [] and "once more" in caplog.text

@@ -63,7 +63,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(reference, tmp_path: Path, ba
 def test_a_poisoned_prompt_is_isolated_and_rejected(
     reference, tmp_path: Path, base_model: Path, worker_class: type[Collector]
 ) -> None:
-    config = small_config(tmp_path, base_model, collect__batch_prompts=10)
+    config = small_config(tmp_path, base_model, collect__batch_prompts=10, collect__workers=1)
     poison = load_prompts(config, load_tokenizer(config), 1)[3].prompt_id
     (tmp_path / "poison").write_text(poison)
     manifest = collected(config, worker_class=worker_class)
@@ -80,7 +80,7 @@ def test_a_hung_worker_is_replaced(reference, tmp_path: Path, base_model: Path) 
 
 
 def test_a_full_disk_stops_the_run(tmp_path: Path, base_model: Path) -> None:
-    config = small_config(tmp_path, base_model)
+    config = small_config(tmp_path, base_model, collect__workers=1)
     with pytest.raises(OSError, match="No space left"):
         collected(config, worker_class=FullDisk)
     assert not TrajectoryStore(config.store_url).round(1).is_sealed
@@ -105,7 +105,7 @@ def test_a_half_collected_round_is_finished_from_where_it_stopped(reference, tmp
 def test_a_round_that_was_removed_is_collected_as_if_it_had_never_been(
     reference, tmp_path: Path, base_model: Path
 ) -> None:
-    config, (_, manifest) = small_config(tmp_path, base_model), reference
+    config, (_, manifest) = small_config(tmp_path, base_model, collect__workers=1), reference
     summary = config.run_dir / "collecting" / "round-001.json"
     summary.parent.mkdir(parents=True)
     summary.write_text(json.dumps({"seconds": 1e6, "attempts": [{"seconds": 1e6}]}))
@@ -133,28 +133,32 @@ def test_too_long_prompts_are_rejected_with_the_reason(tmp_path: Path, base_mode
     rows = [{"question": f"What is {i} plus {i}? " * (60 if i % 3 == 0 else 1)} for i in range(60)]
     source = tmp_path / "questions.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)))
-    config = small_config(tmp_path, base_model, prompts={"source": str(source), "per_round": 20, "held_out": 1})
+    prompts = {"source": str(source), "per_round": 20, "held_out": 1}
+    config = small_config(tmp_path, base_model, prompts=prompts, collect__workers=1)
     manifest = collected(config)
     reasons = TrajectoryStore(config.store_url).round(1).rejects().values()
     assert manifest.rejects == len(reasons) > 0 and manifest.rows == 20 - len(reasons)
     assert all("do not fit the model's context of 256" in reason for reason in reasons)
 
 
-def test_another_models_trajectories_are_never_mixed_in(tmp_path: Path, base_model: Path, other_model: Path) -> None:
-    config = small_config(tmp_path, base_model)
-    collected(config)
+def test_another_models_trajectories_are_never_mixed_in(reference, tmp_path: Path, other_model: Path) -> None:
+    config = small_config(tmp_path, other_model, collect__workers=1)
+    shutil.copytree(reference[0].run_dir, config.run_dir)
     (Path(config.store_url) / "round-001" / "manifest.json").unlink()
     with pytest.raises(ProvenanceMismatchError, match="model_hash"):
-        collected(small_config(tmp_path, other_model))
+        collected(config)
 
 
 class TestWhoseResponses:
     """In round 2 the newest model is another one than the base."""
 
     @pytest.fixture
-    def second(self, tmp_path: Path, base_model: Path, other_model: Path, request: pytest.FixtureRequest) -> Config:
-        config = small_config(tmp_path, base_model, collect__responses=request.param, prompts__fresh=False)
-        collected(config)
+    def second(
+        self, reference, tmp_path: Path, base_model: Path, other_model: Path, request: pytest.FixtureRequest
+    ) -> Config:
+        changes = {"collect__responses": request.param, "prompts__fresh": False, "collect__workers": 1}
+        config = small_config(tmp_path, base_model, **changes)
+        shutil.copytree(reference[0].run_dir, config.run_dir)
         shutil.copytree(other_model, config.model_dir(1))
         collected(config, 2)
         return config
@@ -188,12 +192,12 @@ class TestWhoseResponses:
 def test_no_prompt_that_can_be_decoded_is_an_error(tmp_path: Path, base_model: Path) -> None:
     from jf_cluster.collect import CollectError
 
-    config = small_config(tmp_path, base_model, collect__max_new_tokens=250)
+    config = small_config(tmp_path, base_model, collect__max_new_tokens=250, collect__workers=1)
     with pytest.raises(CollectError, match=r"none of the 20 prompts.*rejects --retry .*/store/round-001$") as raised:
         collected(config)
     assert not TrajectoryStore(config.store_url).round(1).is_sealed
     assert main(str(raised.value).split("python -m trajectory_store ")[1].split()) == 0
-    config = small_config(tmp_path, base_model)
+    config = small_config(tmp_path, base_model, collect__workers=1)
     assert collected(config).rejects == 0
 
 

@@ -244,14 +244,16 @@ class Telling(Collector):
 def test_collectors_take_over_a_new_model_without_being_restarted(
     tmp_path: Path, base_model: Path, responses: str
 ) -> None:
-    def prepared(name: str) -> Config:
-        settings = {"collect__responses": responses, "collect__cpus_per_worker": 0.5}  # both crews at once
-        config = small_config(tmp_path / name, base_model, **settings)
+    def prepared(name: str, workers: int) -> Config:
+        config = small_config(
+            tmp_path / name, base_model, collect__responses=responses, collect__workers=workers,
+            collect__cpus_per_worker=0.5,
+        )  # fmt: skip  # half a CPU: both crews work at once
         for number in (1, 2):
             save_model(Path(config.model_dir(number)), seed=number)
         return config
 
-    fresh, kept = prepared("fresh"), prepared("kept")
+    fresh, kept = prepared("fresh", 1), prepared("kept", 2)
     crew = Crew(kept)
     for round_number in (1, 2, 3):
         apart = collect_round(fresh, round_number, Tracker.open(fresh))
@@ -266,7 +268,7 @@ def test_collectors_take_over_a_new_model_without_being_restarted(
 
 
 def test_another_model_than_the_rounds_is_refused(tmp_path: Path, base_model: Path) -> None:
-    config = small_config(tmp_path, base_model)
+    config = small_config(tmp_path, base_model, collect__workers=1)
     save_model(Path(config.model_dir(1)), seed=1)
 
     class Swapped(Crew):
