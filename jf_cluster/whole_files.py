@@ -13,18 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from trajectory_store.local_files import sync
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_ROOM_BYTES = 1 << 20
 """A library that lost the system's reason failed for want of room where less than this is left."""
-
-
-def sync(path: Path) -> None:
-    """Have the system write to the disk what it holds of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_whole(path: Path, text: str | bytes) -> None:

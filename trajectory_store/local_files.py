@@ -26,7 +26,7 @@ NOT_OFFERED = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.ENO
 def publish_file(target: Path, content: Any) -> None:
     """Make `content` appear as `target` in one step, replacing what was there."""
     write_temporary(target, content).replace(target)
-    sync_folder(target.parent)
+    sync(target.parent)
 
 
 def create_file(target: Path, content: Any) -> bool:
@@ -48,7 +48,7 @@ def create_file(target: Path, content: Any) -> bool:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)
+    sync(target.parent)
     return True
 
 
@@ -89,9 +89,9 @@ def write_temporary(target: Path, content: Any) -> Path:
     return temporary
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder: without it a power cut may forget a rename although the file's bytes were flushed."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or a folder: without that a power cut may forget a rename although the file was flushed."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from jf_cluster.config import TrainConfig
 from jf_cluster.messages import first_line
-from jf_cluster.whole_files import sync
+from trajectory_store.local_files import sync
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

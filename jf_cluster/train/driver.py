@@ -25,8 +25,9 @@ from jf_cluster.train.progress import followed
 from jf_cluster.train.ranks import TrainingError, run_ranks
 from jf_cluster.train.steps_log import read_steps
 from jf_cluster.train.worker import RankJob
-from jf_cluster.whole_files import sync, write_whole
+from jf_cluster.whole_files import write_whole
 from trajectory_store import Manifest, Provenance, RoundNotSealedError, SealedRows, TrajectoryStore, without_secrets
+from trajectory_store.local_files import sync
 from trajectory_store.rows import digest_of, sorted_ids
 
 logger = logging.getLogger(__name__)
