@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from jf_cluster.config import TrainConfig
 from jf_cluster.messages import first_line
+from jf_cluster.whole_files import write_whole
 from trajectory_store.local_files import sync
 
 if TYPE_CHECKING:
@@ -124,11 +125,7 @@ class CheckpointWriter:
         dist.barrier()
         if self._engine.global_rank != 0:
             return
-        marker = target / f".{_COMPLETE}"
-        with marker.open("w") as stream:
-            json.dump(asdict(checkpoint), stream)
-        sync(marker)
-        marker.rename(target / _COMPLETE)
+        write_whole(target / _COMPLETE, json.dumps(asdict(checkpoint)))
         drop_others(self._directory, kept(whole_checkpoints(self._directory), self._keep))
 
     def close(self) -> None:
