@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from jf_cluster.config import Config
+from jf_cluster.startup import imported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,6 +120,7 @@ def load_checkpoint(
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"the model in {directory} cannot be loaded: {error}") from error
+    imported()
     return model.to(device).eval()
 
 

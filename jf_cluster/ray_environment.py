@@ -1,8 +1,8 @@
 """Ray's environment variables, set before Ray is imported: token authentication, loopback, no telemetry.
 
 `ray.init()` switches token authentication on by itself, `ray job submit` does not and is then refused; both read these
-variables. The Makefile has `.venv` import this module whenever Python starts, so that the `ray` command typed in a
-fresh shell finds the cluster of `make cluster` with nothing exported by hand; elsewhere importing jf_cluster does it.
+variables. `.venv` imports this module whenever Python starts (jf_cluster/startup.py), so that the `ray` command typed
+in a fresh shell finds the cluster of `make cluster` with nothing exported by hand; elsewhere importing jf_cluster does.
 Only the standard library is imported here, and what the user has set is left alone.
 """
 

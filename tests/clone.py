@@ -21,7 +21,7 @@ def make_clone(target: Path) -> Path:
     packages = [path for path in sys.path if path.endswith("site-packages")]
     # Read in alphabetical order: where packages are, then what make adds (see the Makefile).
     (site_packages / "a_clone.pth").write_text("\n".join([str(target), *packages]) + "\n")
-    (site_packages / "jf_cluster_ray.pth").write_text("import jf_cluster.ray_environment\n")
+    (site_packages / "jf_cluster_startup.pth").write_text("import jf_cluster.startup\n")
     for program in Path(sys.executable).parent.iterdir():
         copy = environment / "bin" / program.name
         if program.is_file() and not copy.exists():
