@@ -14,7 +14,7 @@ HALF   := $(VENV)/installing
 FLAGS   = --config $(CONFIG) $(if $(ROUND),--round $(ROUND)) $(SET)
 
 .DEFAULT_GOAL := help
-.PHONY: help train collect evaluate status report mlflow cluster cluster-stop test check format bench docs tiny-base constraints clean
+.PHONY: help train collect evaluate status report mlflow cluster cluster-stop test test-slow check format bench docs tiny-base constraints clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -58,7 +58,10 @@ cluster-stop: $(READY)  ## Stop the Ray head that `make cluster` started
 
 test: $(READY)  ## Run the tests
 	@# On two cores: many tests wait for a server or a Ray to start. tests/conftest.py says what stays together.
-	@$(BIN)/python -m pytest -n 3
+	@$(BIN)/python -m pytest -n 3 -m "not slow"
+
+test-slow: $(READY)  ## Run the tests that take minutes each
+	@$(BIN)/python -m pytest -n 3 -m slow
 
 check: $(READY)  ## Lint, check formatting and types
 	@$(BIN)/ruff check .

@@ -110,6 +110,7 @@ def load_checkpoint(
     from transformers import AutoModelForCausalLM
 
     directory = resolve(path)
+    imported()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -120,7 +121,6 @@ def load_checkpoint(
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"the model in {directory} cannot be loaded: {error}") from error
-    imported()
     return model.to(device).eval()
 
 

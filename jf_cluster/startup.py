@@ -19,9 +19,13 @@ _usual = gc.get_threshold()
 
 
 def imported() -> None:
-    """From here on work is done, and cycles that hold tensors are to be found as soon as Python finds them."""
+    """From here on work is done: what there is stays, and cycles that hold tensors are to be found as soon as ever.
+
+    To be called before there is any model, since what is in a cycle now is never freed.
+    """
     if gc.get_threshold()[0] == IMPORTING:
         gc.set_threshold(*_usual)
+        gc.freeze()
 
 
 if 0 < _usual[0] < IMPORTING:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import pytest
 
 # Three Rays that start beside each other on two slow cores take longer than the minute Ray gives them.
 os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "240")
+# A Ray that many tests share has hundreds of logs, and looks twice a second whether there are more.
+os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "3")
 
 FIXED_PORTS = "what people type"
 TOGETHER = {
     # The cluster's dashboard, the model server and MLflow have one port each there: one after the other.
     "tests/docs/test_docs.py::test_every_shell_block_runs": FIXED_PORTS,
-    # Chains of their own, the longest tests of their folder: beside the others.
-    "tests/flow/test_chain.py": "chain",
+    # What is compared with an undisturbed chain, which takes minutes: beside the others of their folder.
+    **{f"tests/flow/test_{what}.py": "chain" for what in ("chain", "full_disk")},
     # Folders whose tests share a Ray, ranks or a server; elsewhere the tests of a file share what they need.
     **{f"tests/{folder}/": folder for folder in ("flow", "train", "deploy", "inference", "dashboard")},
 }
@@ -43,3 +46,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):  # one of several processes
         order = list(dict.fromkeys(TOGETHER.values()))
         items.sort(key=lambda item: order.index(_group(item.nodeid)) if _group(item.nodeid) in order else len(order))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once what failed, not only at the end, which a run that is cut off does not see."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        sys.stdout.write(f"\n{report.nodeid} failed ({report.when}):\n{report.longreprtext[-2000:]}\n")
+        sys.stdout.flush()

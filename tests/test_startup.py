@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +15,11 @@ import jf_cluster.startup
 importing = gc.get_threshold()
 from jf_cluster.models import load_checkpoint
 load_checkpoint({str(SHIPPED)!r})
-print(importing[0], gc.get_threshold()[0], gc.get_freeze_count())
+print(importing[0], gc.get_threshold()[0], gc.get_freeze_count() > 100_000)
 """
 
 
 def test_the_collector_looks_seldom_until_a_model_is_loaded() -> None:
     done = subprocess.run([sys.executable, "-S", "-c", "import gc; print(gc.get_threshold()[0])"], capture_output=True)
     loaded = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True)
-    assert loaded.stdout.split() == [str(IMPORTING), done.stdout.decode().strip(), "0"], loaded.stderr
-    assert gc.isenabled()
+    assert loaded.stdout.split() == [str(IMPORTING), done.stdout.decode().strip(), "True"], loaded.stderr

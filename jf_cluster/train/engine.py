@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E
 
 if sys.modules["mlflow"] is None:
     del sys.modules["mlflow"]
+# Private: it imports its Muon for any optimizer, which is decorated to be compiled, and that imports torch's compiler.
+with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
+    import deepspeed.runtime.zero.muon.original_muon
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jf_cluster.config import Config
-from jf_cluster.startup import imported
 from jf_cluster.train.guard import NORMS, Guard, Skip, read_skips, record_skip
 from jf_cluster.train.steps_log import StepRecord, StepsLog, read_steps
 from jf_cluster.whole_files import named_when_full
@@ -95,7 +94,6 @@ def run_rank(job: RankJob) -> None:
     from jf_cluster.jacobi.attention import branch_attention
     from jf_cluster.train import checkpoints, engine, export
 
-    imported()
     group = engine.join_group(config)
     try:
         start = _start(job, config, group)

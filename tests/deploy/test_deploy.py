@@ -168,6 +168,7 @@ def _end(job: subprocess.Popen[bytes]) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_slurms_script_distils_over_two_nodes(slurm: dict[str, str], config: Config, tmp_path: Path) -> None:
     # Two collectors and two ranks need a core each, and no node has two.
     said = tmp_path / "said"

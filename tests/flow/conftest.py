@@ -100,9 +100,9 @@ def run(*command: str, timeout_s: float = 300, **environment: str) -> subprocess
 
 
 def chain_config(runs_dir: Path, model: Path, **changes: object) -> Config:
-    """For the whole chain: two ranks, four steps, a checkpoint half way; batches so small that there are many."""
+    """For the whole chain: one rank, four steps, a checkpoint half way; batches so small that there are many."""
     train = {
-        "workers": 2,
+        "workers": 1,
         "steps": 4,
         "learning_rate": 1e-3,
         "warmup_steps": 1,

@@ -25,7 +25,6 @@ from tests.flow.conftest import chain_command, chain_config, run, stopped_when
 from trajectory_store import TrajectoryStore
 
 
-@pytest.mark.timeout(900)
 def test_two_rounds(undisturbed: tuple[Config, str]) -> None:
     config, shown = undisturbed
     _check_report(config, shown)
@@ -59,13 +58,12 @@ MOMENTS = (
 )
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("local_ray")
 def test_killed_at_every_stage_the_same_command_ends_as_if_it_had_not_been(
     undisturbed: tuple[Config, str], tmp_path: Path, base_model: Path
 ) -> None:
     """One run of one round. The drivers join one Ray, which so has to clean up after each of them."""
-    config = chain_config(tmp_path / "runs", base_model, rounds=1)
+    config = chain_config(tmp_path / "runs", base_model, rounds=1, collect__workers=1)
     command = chain_command(config)
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     for moment in MOMENTS:

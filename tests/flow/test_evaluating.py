@@ -39,7 +39,8 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, base_model: Path, other_
     )
     shutil.copytree(other_model, config.model_dir(1))
     tracker = Tracker.open(config)
-    return config, evaluate_round(config, 0, tracker), evaluate_round(config, 1, tracker)
+    with Crew.given_or_own(None, config) as crew:
+        return config, evaluate_round(config, 0, tracker, crew), evaluate_round(config, 1, tracker, crew)
 
 
 def test_responses_and_accuracy_are_the_models(evaluated: tuple[Config, Evaluation, Evaluation]) -> None:
@@ -138,8 +139,9 @@ def test_another_task_is_measured_beside_the_runs_own(
     asked = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=task)})
     tracker, card = Tracker.open(config), Path(config.model_dir(1)) / "README.md"
     runs, told = [tracker.stage_run(r, "evaluate") for r in (0, 1)], card.read_text()
-    evaluate_round(asked, 0, tracker, beside=True)
-    found = evaluate_round(asked, 1, tracker, beside=True)
+    with Crew.given_or_own(None, asked) as crew:
+        evaluate_round(asked, 0, tracker, crew, beside=True)
+        found = evaluate_round(asked, 1, tracker, crew, beside=True)
     assert (found.task, found.prompts) == ("gsm8k", 3) and found.comparisons[0].before == 0
     assert found == load_evaluation(asked, 1, beside=True) == evaluate_round(asked, 1, tracker, beside=True)
     assert evaluation_path(asked, 1, beside=True).name == "round-001-gsm8k.json"
@@ -170,7 +172,7 @@ class OutOfMemoryOnce(Crew):
 
 
 def test_measuring_speed_goes_on_after_a_worker_was_killed_for_its_memory(tmp_path: Path, base_model: Path) -> None:
-    config = small_config(tmp_path, base_model, evaluate__speed_prompts=1)
+    config = small_config(tmp_path, base_model, evaluate__speed_prompts=1, collect__workers=1)
     crew = OutOfMemoryOnce(config)
     assert evaluate_round(config, 0, Tracker.open(config), crew).ar.tps > 0 and crew.asked > 1
     crew.dismiss()
@@ -181,7 +183,8 @@ def test_a_model_that_lost_accuracy_is_marked(
 ) -> None:
     """The other random model is no better than chance; a base that was said to be right drops against it."""
     _, base, _ = evaluated
-    again = small_config(tmp_path, base_model, prompts__grader="gsm8k", evaluate__speed_prompts=1)
+    changes = {"prompts__grader": "gsm8k", "evaluate__speed_prompts": 1, "collect__workers": 1}
+    again = small_config(tmp_path, base_model, **changes)
     shutil.copytree(other_model, again.model_dir(1))
     path = evaluation_path(again, 0)
     path.parent.mkdir(parents=True)
@@ -200,7 +203,7 @@ def test_a_benchmark_from_a_local_file(tmp_path: Path, base_model: Path, other_m
     source = tmp_path / "rows.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)))
     changes = {"evaluate__task": "humaneval", "evaluate__source": str(source), "prompts__grader": "none"}
-    config = small_config(tmp_path / "runs", base_model, **changes)
+    config = small_config(tmp_path / "runs", base_model, collect__workers=1, **changes)
     evaluation = evaluate_round(config, 0, Tracker.open(config))
     assert (evaluation.task, evaluation.prompts, evaluation.ar.accuracy) == ("humaneval", 3, 0.0)
     assert evaluation.right is not None and not any(evaluation.right.values()) and len(evaluation.right) == 3

@@ -104,11 +104,11 @@ def _unfinished(run_dir: Path) -> list[str]:
     return [name for name in names if ".tmp" in name or "partial" in name]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_a_disk_that_fills_stops_the_run_and_the_same_command_goes_on(
     disk: Disk, undisturbed: tuple[Config, str], tmp_path: Path, base_model: Path
 ) -> None:
-    config = chain_config(tmp_path / "disk" / "runs", base_model)
+    config = chain_config(tmp_path / "disk" / "runs", base_model, collect__workers=1)
     settings = tmp_path / "small.yaml"
     settings.write_text(config.to_yaml())
     command = [sys.executable, "jobs/train.py", "--config", str(settings)]

@@ -66,7 +66,7 @@ def configured(runs_dir: Path, model: Path, overlap: str) -> Config:
         overlap=overlap,
         collect__cpus_per_worker=0.5,
         train={
-            "workers": 2,
+            "workers": 1,
             "cpus_per_worker": 0.5,
             "steps": 6,
             "learning_rate": 1e-3,
@@ -193,7 +193,7 @@ typer.run(main)
 """
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_a_pipelined_round_that_is_killed_and_stopped_in_the_middle_ends_as_if_it_had_not_been(
     alternated: tuple[str, str], tmp_path: Path, base_model: Path
 ) -> None:
@@ -240,7 +240,7 @@ class Telling(Collector):
         return super().run(prompts)
 
 
-@pytest.mark.parametrize("responses", ["base", "self"])
+@pytest.mark.parametrize("responses", [pytest.param("base", marks=pytest.mark.slow), "self"])
 def test_collectors_take_over_a_new_model_without_being_restarted(
     tmp_path: Path, base_model: Path, responses: str
 ) -> None:

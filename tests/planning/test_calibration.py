@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from jf_cluster.__main__ import app
@@ -27,6 +28,7 @@ def test_a_miniature_differs_in_amounts_and_places_only(tmp_path: Path) -> None:
     assert (small.prompts.per_round, small.train.steps, small.evaluate.prompts) == (10, 3, 5)
 
 
+@pytest.mark.slow
 def test_a_plan_measures_the_embedded_run(tmp_path: Path) -> None:
     small = [
         "collect.workers=1",

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import ray
 import torch
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from jf_cluster.config import Config
 from jf_cluster.models import load_tokenizer, model_hash, tokenizer_hash
+from jf_cluster.tracking import Tracker
 from jf_cluster.train.checkpoints import make_loadable, to_load
 from jf_cluster.train.steps_log import read_steps
 from jf_cluster.train.worker import RankJob, run_rank
@@ -209,6 +212,12 @@ def exported(config: Config) -> dict[str, torch.Tensor]:
     return load_file(Path(config.model_dir(1)) / "model.safetensors")
 
 
+def train_runs(config: Config) -> list[Run]:
+    """The MLflow runs of training."""
+    tracker = Tracker.open(config)
+    return MlflowClient(tracker.uri).search_runs([tracker.experiment_id], "tags.`jf_cluster.stage` = 'train'")
+
+
 @contextmanager
 def at_step(steps_log: Path, step: int, action: Callable[[], object]) -> Iterator[None]:
     """Do something as soon as the log says ``step`` was reached."""
@@ -243,7 +252,7 @@ def _as_rank(rank: int, world_size: int, meeting: str, function: Callable[..., A
 
 
 class Ranks:
-    """Processes that act as ranks and stay, so that DeepSpeed is imported once for many trainings.
+    """Processes that act as ranks and stay, forked from one that has imported DeepSpeed.
 
     Each world size has its own: DeepSpeed numbers a process's modules, and compares the numbers between ranks.
     """
@@ -251,13 +260,17 @@ class Ranks:
     def __init__(self, directory: Path) -> None:
         self._directory, self._meetings = directory, 0
         self._groups: dict[int, list[ProcessPoolExecutor]] = {}
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which importing DeepSpeed fixes
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(
+            [f"jf_cluster.train.{name}" for name in ("engine", "checkpoints", "export")]
+        )
 
     def call(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
         """What ``function`` gives on each of ``world_size`` ranks."""
         if world_size not in self._groups:
-            context = multiprocessing.get_context("spawn")
             self._groups[world_size] = [
-                ProcessPoolExecutor(max_workers=1, mp_context=context) for _ in range(world_size)
+                ProcessPoolExecutor(max_workers=1, mp_context=self._context) for _ in range(world_size)
             ]
         self._meetings += 1
         meeting = str(self._directory / f"meeting-{self._meetings}")

@@ -22,6 +22,7 @@ from tests.train.conftest import Ranks, at_step, exported, job_of, seal, weights
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
+@pytest.mark.slow
 def test_a_node_killed_while_it_trains_changes_nothing_but_the_time(
     configured: Callable[..., Config],
     ranks: Ranks,

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
 from jf_cluster.config import Config
 from jf_cluster.tracking import Tracker
-from jf_cluster.train import driver, train_round
+from jf_cluster.train import TrainingError, driver, train_round
 from jf_cluster.train.worker import RankJob, run_rank
-from tests.train.conftest import Ranks, seal
+from tests.train.conftest import Ranks, exported, job_of, seal, train_runs, weights
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,34 @@ def test_a_training_that_goes_on_counts_the_steps_before(
     steps_s = json.loads(summary.read_text())["step_seconds"]
     train_round(config, 1, Tracker.open(config))
     assert json.loads(summary.read_text())["seconds"] > steps_s
+
+
+def test_spoilt_data_are_left_out_recorded_and_limited(
+    configured: Callable[..., Config], broken_base: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Two samples spoil their step; only one is allowed at first."""
+    config = configured(workers=1, model=broken_base, guard={"max_skips": 1})
+    seal(config, broken=(2, 3))
+    with pytest.raises(TrainingError, match=r"leave data out 2 times, .*raise train\.guard\.max_skips"):
+        train_round(config, 1, Tracker.open(config))
+    allowed = configured(workers=1, model=broken_base, guard={"max_skips": 2})
+    train_round(allowed, 1, Tracker.open(allowed))
+
+    record = config.run_dir / "training" / "round-001.skipped.jsonl"
+    skips = [json.loads(line) for line in record.read_text().splitlines()]
+    assert "prompt-0003" in skips[0]["prompt_ids"] and "prompt-0002" in skips[1]["prompt_ids"]
+    left_out = [prompt_id for skip in skips for prompt_id in skip["prompt_ids"]]
+    [run] = train_runs(config)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/skips"] == 2 and run.data.metrics["train/skipped_samples"] == len(left_out)
+    assert run.data.tags["skipped_samples"] == ", ".join(left_out)
+    summary = json.loads((config.run_dir / "training" / "round-001.json").read_text())
+    assert summary["skipped_samples"] == len(left_out) and summary["steps"] == 6
+
+    never = job_of(allowed, tmp_path / "never", identity=skips[0]["identity"])
+    shutil.copyfile(record, never.skips)
+    assert ranks.train(never, 1) == 1
+    torch.testing.assert_close(exported(allowed), weights(never), rtol=0, atol=0, equal_nan=True)
 
 
 def _interrupted(partial: Path, target: Path) -> None:
