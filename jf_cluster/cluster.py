@@ -8,6 +8,7 @@ whose id is remembered, so stopping it never touches another Ray on the machine,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -33,6 +34,7 @@ from jf_cluster.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
+LATE = "Ray has not started in the time it gives itself, half a minute: once more"
 LOCAL_STARTS = 3
 """Ray's half minute for a start is fixed; a machine with much else to do, or with a cold disk, may not keep to it."""
 NODES_WITHIN_S = 900.0
@@ -119,7 +121,7 @@ def _start_local(cpus: float, options: dict[str, Any]) -> None:
         except Exception as error:  # a bare one where Ray's processes do not answer in time
             if attempt == LOCAL_STARTS or "timed out" not in str(error):
                 raise ClusterError(f"Ray does not start on this machine: {error}") from error
-            logger.warning("Ray has not started in the time it gives itself, half a minute: once more")
+            logger.warning(LATE)
 
 
 def _warn_if_open(gcs_address: str) -> None:
@@ -206,9 +208,24 @@ def start_head(runs_dir: Path, *, timeout_s: float = 300.0, port: int = DASHBOAR
         return head
     if _listening(port):
         raise ClusterError(f"port {port} of the dashboard is taken (another Ray runs?): stop what listens there")
-    state = _state_dir(runs_dir)
-    state.mkdir(parents=True, exist_ok=True)
-    log = state / "head.log"
+    _state_dir(runs_dir).mkdir(parents=True, exist_ok=True)
+    log = _state_dir(runs_dir) / "head.log"
+    for attempt in itertools.count(1):
+        head, process = _launch_head(runs_dir, log, timeout_s, port)
+        deadline = time.monotonic() + timeout_s
+        while process.poll() is None and time.monotonic() < deadline:
+            if _jobs_answer(head):
+                return head
+            time.sleep(0.5)
+        stop_head(runs_dir)
+        said = log.read_text()
+        if attempt == LOCAL_STARTS or "timed out" not in said:
+            raise ClusterError(f"the Ray head did not start; its last words are in {log}:\n{said[-2000:]}")
+        logger.warning(LATE)
+
+
+def _launch_head(runs_dir: Path, log: Path, timeout_s: float, port: int) -> tuple[Head, subprocess.Popen[bytes]]:
+    """Start the process of a head and remember it in ``runs_dir``."""
     programs = str(Path(sys.executable).parent)
     environment = os.environ | {
         "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -237,14 +254,8 @@ def start_head(runs_dir: Path, *, timeout_s: float = 300.0, port: int = DASHBOAR
             start_new_session=True,
         )
     head = Head(process.pid, address, f"http://127.0.0.1:{port}")
-    write_whole(state / "head.json", json.dumps(asdict(head)))
-    deadline = time.monotonic() + timeout_s
-    while not _jobs_answer(head):
-        if process.poll() is not None or time.monotonic() > deadline:
-            stop_head(runs_dir)
-            raise ClusterError(f"the Ray head did not start; its last words are in {log}:\n{log.read_text()[-2000:]}")
-        time.sleep(0.5)
-    return head
+    write_whole(_state_dir(runs_dir) / "head.json", json.dumps(asdict(head)))
+    return head, process
 
 
 def _jobs_answer(head: Head, timeout_s: float = 60.0) -> bool:

@@ -135,3 +135,18 @@ def test_a_ray_that_is_late_is_started_once_more(
     with pytest.raises(ClusterError, match="Ray does not start on this machine: no memory"):
         cluster.join_or_start(None, 2)
     assert failures == [] and "once more" in caplog.text
+
+
+@pytest.mark.parametrize(("says", "starts"), [("The current node timed out during startup.", 3), ("no memory", 1)])
+def test_a_head_that_is_late_is_started_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, starts: int
+) -> None:
+    program = tmp_path / "ray"
+    program.write_text(f'#!/bin/sh\n[ $1 = start ] && echo x >> {tmp_path}/starts && echo "{says}"\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(cluster.sys, "executable", str(tmp_path / "python"))
+    [port] = cluster._free_ports(1)
+    with pytest.raises(ClusterError, match=rf"the Ray head did not start; its last words are in .*\n{says}"):
+        cluster.start_head(tmp_path, port=port)
+    assert (tmp_path / "starts").read_text().split() == ["x"] * starts
+    assert cluster.running_head(tmp_path) is None
