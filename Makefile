@@ -57,11 +57,11 @@ cluster-stop: $(READY)  ## Stop the Ray head that `make cluster` started
 	@$(BIN)/python -m jf_cluster cluster stop
 
 test: $(READY)  ## Run the tests
-	@# On two cores: many tests wait for a server or a Ray to start. tests/conftest.py says what stays together.
-	@$(BIN)/python -m pytest -n 3 -m "not slow"
+	@# More at once and Rays that start beside each other take longer than Ray lets them. tests/conftest.py says what stays together.
+	@$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(READY)  ## Run the tests that take minutes each
-	@$(BIN)/python -m pytest -n 3 -m slow
+	@$(BIN)/python -m pytest -n 2 -m slow
 
 check: $(READY)  ## Lint, check formatting and types
 	@$(BIN)/ruff check .

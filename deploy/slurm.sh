@@ -31,13 +31,17 @@ export RAY_ADDRESS=$ip:$((20000 + SLURM_JOB_ID % 20000))
 resources=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
 
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
-srun --nodes=1 --ntasks=1 --nodelist="$head" \
-    ray start --head --node-ip-address="$ip" --port="${RAY_ADDRESS##*:}" --include-dashboard=false "${resources[@]}" --block &
-ray=$!
-until ray status > /dev/null 2>&1; do
-    kill -0 $ray || { echo "error: Ray's head did not start on $head" >&2; exit 1; }
-    sleep 2
-done
+start_head() {
+    srun --nodes=1 --ntasks=1 --nodelist="$head" \
+        ray start --head --node-ip-address="$ip" --port="${RAY_ADDRESS##*:}" --include-dashboard=false "${resources[@]}" --block &
+    ray=$!
+    until timeout 30 ray status 2> /dev/null | grep CPU > /dev/null; do # it answers before the head's own node has joined
+        kill -0 $ray 2> /dev/null || return 1
+        sleep 2
+    done
+}
+# Ray gives a node a fixed half minute to start, which one with a cold disk may not keep to.
+start_head || start_head || start_head || { echo "error: Ray's head did not start on $head" >&2; exit 1; }
 if ((${#nodes[@]} > 1)); then
     srun --nodes=$((${#nodes[@]} - 1)) --ntasks=$((${#nodes[@]} - 1)) --exclude="$head" \
         ray start --address="$RAY_ADDRESS" "${resources[@]}" --block &

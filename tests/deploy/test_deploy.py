@@ -106,6 +106,7 @@ if [[ $1 == hostname ]]; then echo 127.0.0.1; exit; fi
 export RAY_TMPDIR=$SCRATCH/$node
 mkdir -p "$RAY_TMPDIR"
 echo "$node: $*" >> "$SCRATCH/steps"
+if [[ $* == "ray start --head"* ]] && rm "$SCRATCH/late" 2> /dev/null; then exit 1; fi
 exec "$@"
 """
 SCONTROL = """#!/usr/bin/env bash
@@ -187,9 +188,11 @@ def test_slurms_script_stops_before_its_time_is_over_and_is_queued_again(
     slurm: dict[str, str], config: Config, tmp_path: Path
 ) -> None:
     said = tmp_path / "said"
+    Path(slurm["SCRATCH"], "late").touch()  # Ray's head does not start in its time at first
     job = _submit(slurm, said, str(tmp_path / "small.yaml"), "collect.workers=2")
     try:
         _wait_until_it_evaluates(job, said)
+        assert Path(slurm["SCRATCH"], "steps").read_text().count("ray start --head") == 2
         os.kill(job.pid, signal.SIGTERM)
         assert job.wait(timeout=300) == 143, said.read_text()
     finally:
