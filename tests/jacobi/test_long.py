@@ -28,5 +28,5 @@ def test_bookkeeping_of_8192_tokens_is_not_quadratic(drafting: Drafting) -> None
         spent.append((len(row.tokens), time.process_time() - begun))
     early = np.median([s for at, s in spent if 1024 <= at < 2048])
     late = np.median([s for at, s in spent if at >= 7168])
-    # Work over everything written before would make the late steps five times as dear.
-    assert late < 2 * early, (early, late)
+    # Work over everything written before would make late steps five times as dear; whatever runs beside this, twice.
+    assert late < 3 * early, (early, late)

@@ -19,6 +19,7 @@ from trajectory_store import (
     Provenance,
     Round,
     StoreError,
+    Trajectory,
     TrajectoryFeed,
     TrajectoryReader,
     balanced_shares,
@@ -152,23 +153,23 @@ def test_a_bad_shard_stops_the_feed_where_it_is_met(round_: Round, reader: Traje
 
 
 def test_reading_ahead_hides_the_reading(reader: TrajectoryReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow store costs the trainer one wait, not one per step."""
+    """While the trainer is busy with one step, just the next two are read."""
     original = TrajectoryReader.__getitem__
+    read: list[int] = []
 
-    def slow(self: TrajectoryReader, i: int) -> object:
-        time.sleep(0.002)
+    def row(self: TrajectoryReader, i: int) -> Trajectory:
+        read.append(i)
         return original(self, i)
 
-    monkeypatch.setattr(TrajectoryReader, "__getitem__", slow)
-    waited = 0.0
+    monkeypatch.setattr(TrajectoryReader, "__getitem__", row)
     with TrajectoryFeed(reader, seed=0, samples=10, prefetch_steps=2) as feed:
-        began = time.monotonic()
-        for number, _ in enumerate(feed):
-            if number > 1:
-                waited += time.monotonic() - began
-            time.sleep(0.06)  # the training step
-            began = time.monotonic()
-    assert waited < 0.06
+        for number, step in zip(range(1, 6), feed, strict=False):
+            deadline = time.monotonic() + 30
+            while len(read) < 10 * (number + 2) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(0.02)
+            assert len(read) == 10 * (number + 2)
+            assert read[10 * (number - 1) : 10 * number] == step.rows.tolist()
 
 
 def test_an_iteration_that_was_broken_off_keeps_no_steps(reader: TrajectoryReader) -> None:
