@@ -11,7 +11,8 @@ decoding). How attention is computed over them is in ``attention.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -46,34 +47,38 @@ class Branch:
     length: int
 
 
-GROUP_TOKENS = 64
-"""Query tokens from which on a group of branches is worth an attention call of its own."""
+STRETCH_TOKENS = 48
+"""Query tokens of a piece. Fewer make calls too small for a processor, more compute scores that nobody sees."""
+
+Spans = tuple[slice, ...]
+"""Parts of a forest's flat sequence."""
 
 
 @dataclass(frozen=True)
-class BranchGroup:
-    """Neighbouring branches of one stem that are attended to together, over the stem's prefix and themselves."""
+class Piece:
+    """Tokens of a forest that are attended to together: a stretch of a stem and the branches that begin in it.
 
-    stem: int
-    reach: int
-    """Stem positions the furthest of them sees."""
+    Where those are many, they are pieces of their own; a long branch is cut into stretches as a stem is.
+    """
+
+    queries: Spans
+    keys: Spans
+    """Whatever any of the queries sees."""
     bias: torch.Tensor
-    """0 where a query sees a key, else minus infinity; float32 [w, reach + w]."""
+    """0 where a query sees a key, else minus infinity; float32 [heads * Q, K].
 
-    @staticmethod
-    def of(branches: Sequence[Branch], device: torch.device) -> BranchGroup:
-        lengths = np.array([b.length for b in branches])
-        reach, width = max(b.start for b in branches), int(lengths.sum())
-        start = np.repeat([b.start for b in branches], lengths)[:, None]
-        own = reach + np.repeat(np.cumsum(lengths) - lengths, lengths)[:, None]
-        query, key = reach + np.arange(width)[:, None], np.arange(reach + width)
-        seen = visible(*(torch.from_numpy(a) for a in (np.zeros_like(start), start, own, query, key)))
-        bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-        return BranchGroup(branches[0].stem, reach, bias.to(device))
+    The query heads that share a key-value head lie one below the other.
+    """
 
-    @property
-    def tokens(self) -> int:
-        return self.bias.shape[0]
+
+def take(flat: torch.Tensor, spans: Spans) -> torch.Tensor:
+    """Tokens of some spans, one after the other: [B, H, T, D] -> [B, H, Q, D]."""
+    return flat[:, :, spans[0]] if len(spans) == 1 else torch.cat([flat[:, :, span] for span in spans], 2)
+
+
+def spread(taken: torch.Tensor, spans: Spans) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Each span with its part of what ``take`` joined."""
+    return zip(spans, torch.split(taken, [span.stop - span.start for span in spans], dim=2), strict=True)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Forest:
     """Stems and their branches as one flat sequence: all stems first, then all branches, without padding.
 
     Raises:
-        ValueError: a branch that does not hang off its stem, or branches not in the order of their stems.
+        ValueError: a branch that does not hang off its stem, or branches not in the order in which they begin.
     """
 
     stem_lengths: tuple[int, ...]
@@ -92,8 +97,8 @@ class Forest:
         for b in self.branches:
             if not 0 < b.start <= self.stem_lengths[b.stem] or b.length < 1:
                 raise ValueError(f"{b} does not hang off a stem of {self.stem_lengths[b.stem]} tokens")
-        if any(a.stem > b.stem for a, b in pairwise(self.branches)):
-            raise ValueError("branches must come in the order of their stems")
+        if any((a.stem, a.start) > (b.stem, b.start) for a, b in pairwise(self.branches)):
+            raise ValueError("branches must come in the order of their stems and of their beginnings there")
 
     def to(self, device: torch.device) -> Forest:
         return self if device == self.device else Forest(self.stem_lengths, self.branches, device)
@@ -140,18 +145,44 @@ class Forest:
         begin, end, own_begin, own_end = (r[:, None] for r in self.ranges)
         return visible(begin, end, own_begin, own_end, torch.arange(self.total_tokens, device=self.device))[None, None]
 
-    @cached_property
-    def branch_groups(self) -> tuple[BranchGroup, ...]:
-        """Neighbouring branches of a stem in groups of about GROUP_TOKENS, in flat order."""
-        groups: list[BranchGroup] = []
-        open_group: list[Branch] = []
-        for index, b in enumerate(self.branches, start=1):
-            open_group.append(b)
-            full = sum(x.length for x in open_group) >= GROUP_TOKENS
-            if full or index == len(self.branches) or self.branches[index].stem != b.stem:
-                groups.append(BranchGroup.of(open_group, self.device))
-                open_group = []
-        return tuple(groups)
+    def pieces(self, heads: int) -> tuple[Piece, ...]:
+        """Everything in pieces, for a model where so many query heads share a key-value head; cut once."""
+        kept: dict[int, tuple[Piece, ...]] = self.__dict__.setdefault("_pieces", {})
+        if heads not in kept:
+            kept[heads] = tuple(self._cut(heads))
+        return kept[heads]
+
+    def _cut(self, heads: int) -> Iterator[Piece]:
+        starts = [(b.stem, b.start) for b in self.branches]
+        for stem, (first, length) in enumerate(zip(self.stem_offsets.tolist(), self.stem_lengths, strict=False)):
+            for begin in range(0, length, STRETCH_TOKENS):
+                end = min(begin + STRETCH_TOKENS, length)
+                stretch, seen = slice(first + begin, first + end), slice(first, first + end)
+                runs = list(self._runs(bisect_right(starts, (stem, begin)), bisect_right(starts, (stem, end))))
+                near = [runs.pop(0)] if runs and runs[0].stop - runs[0].start <= STRETCH_TOKENS else []
+                yield self._piece((stretch, *near), (seen, *near), heads)
+                for run in runs:
+                    for at in range(run.start, run.stop, STRETCH_TOKENS):
+                        until = min(at + STRETCH_TOKENS, run.stop)
+                        yield self._piece((slice(at, until),), (seen, slice(run.start, until)), heads)
+
+    def _runs(self, first: int, last: int) -> Iterator[slice]:
+        """Neighbouring branches that have STRETCH_TOKENS together, or one that has more."""
+        offsets, begin = self.branch_offsets.tolist(), first
+        for index in range(first, last):
+            if index > begin and offsets[index + 1] - offsets[begin] > STRETCH_TOKENS:
+                yield slice(offsets[begin], offsets[index])
+                begin = index
+        if begin < last:
+            yield slice(offsets[begin], offsets[last])
+
+    def _piece(self, queries: Spans, keys: Spans, heads: int) -> Piece:
+        flat = torch.arange(self.total_tokens, device=self.device)
+        query, key = (torch.cat([flat[span] for span in spans]) for spans in (queries, keys))
+        stem_begin, stem_end, own_begin, own_end = (r[query, None] for r in self.ranges)
+        seen = visible(stem_begin, stem_end, own_begin, own_end, key)
+        bias = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, -torch.inf)
+        return Piece(queries, keys, bias.repeat(heads, 1))
 
     @cached_property
     def block_mask(self) -> BlockMask:

@@ -66,6 +66,7 @@ class Sample:
     prompt_length: int
     stem: IntArray
     branches: tuple[NoisyBranch, ...]
+    """In the order in which they begin."""
 
     @property
     def length(self) -> int:
@@ -80,7 +81,7 @@ def build_sample(trajectory: Trajectory, block_size: int, noise: Noise, rng: np.
     """
     stem = np.concatenate([trajectory.prompt, trajectory.response]).astype(np.int64)
     branches = (_branch(trajectory, block_size, w) for w in _windows(trajectory, block_size, noise, rng))
-    return Sample(len(trajectory.prompt), stem, tuple(branches))
+    return Sample(len(trajectory.prompt), stem, tuple(sorted(branches, key=lambda b: b.start)))
 
 
 def sample_length(trajectory: Trajectory, block_size: int, noise: Noise, rng: np.random.Generator) -> int:

@@ -22,13 +22,15 @@ from jf_cluster.jacobi.support import UnsupportedModelError
 from .conftest import VOCABULARY
 
 FORESTS = (
-    Forest((10, 7, 12), (Branch(0, 3, 5), Branch(0, 10, 4), Branch(2, 6, 8), Branch(2, 1, 1))),
+    Forest((10, 7, 12), (Branch(0, 3, 5), Branch(0, 10, 4), Branch(2, 1, 1), Branch(2, 6, 8))),
     Forest((9,), ()),
     Forest((1, 4), (Branch(0, 1, 6), Branch(1, 2, 3))),
-    Forest((60, 9), (*tuple(Branch(0, 5 + 7 * i, 23) for i in range(7)), Branch(1, 9, 2))),
+    # Stretches end at 48 and 96: branches behind the last token of one, behind the first of the next, at the very end.
+    Forest((101, 9), (*(Branch(0, at, 13) for at in (5, 41, 48, 48, 49, 96, 101)), Branch(1, 9, 2))),
+    Forest((60,), (Branch(0, 3, 40), Branch(0, 9, 130), Branch(0, 20, 30), Branch(0, 20, 30), Branch(0, 60, 49))),
 )
 
-IDS = ("three stems", "no branch", "short stems", "several groups")
+IDS = ("three stems", "no branch", "short stems", "several pieces", "long branches")
 
 
 def run(
@@ -98,6 +100,16 @@ def test_backends_equal_the_oracle(model: PreTrainedModel, backend: str, forest:
         torch.testing.assert_close(gradient, expected_gradient, atol=1e-3, rtol=1e-3)
 
 
+def test_pieces_are_the_same_where_there_is_no_kernel_of_the_cpu(model: PreTrainedModel) -> None:
+    AttentionInterface.register(attention.implementation("pieces"), attention._interface(attention._pieces))  # type: ignore[arg-type]
+    for forest in FORESTS:
+        tokens = torch.randint(0, VOCABULARY, (1, forest.total_tokens), generator=torch.Generator().manual_seed(1))
+        for found, expected in zip(
+            run(model, forest, tokens, "pieces"), run(model, forest, tokens, "sdpa"), strict=True
+        ):
+            torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_a_float32_model_under_autocast_gives_kernels_one_type(model: PreTrainedModel) -> None:
     """Rotary embeddings leave queries and keys in float32, and FlashAttention takes none."""
     forest, seen = FORESTS[-1], set()
@@ -128,6 +140,8 @@ def test_a_branch_must_hang_off_its_stem() -> None:
         Forest((4,), (Branch(0, 5, 1),))
     with pytest.raises(ValueError, match="order of their stems"):
         Forest((4, 4), (Branch(1, 2, 1), Branch(0, 2, 1)))
+    with pytest.raises(ValueError, match="of their beginnings"):
+        Forest((4,), (Branch(0, 2, 1), Branch(0, 1, 1)))
 
 
 def test_sliding_window_models_are_refused() -> None:

@@ -82,6 +82,8 @@ def test_activations_are_what_autograd_keeps(dtype: torch.dtype, checkpointing: 
     if checkpointing:  # the one layer that is computed again is not there before the backward pass
         one, two = (memory.activation_bytes(shape_of(small(layers=n)), TOKENS, DTYPES[dtype], False) for n in (1, 2))
         expected -= two - one
+    else:  # what the CPU's kernel gives is what the next matrix takes
+        expected -= shape.layers * TOKENS * DTYPES[dtype] * shape.query_width
     expected -= TOKENS * DTYPES[dtype] * 64  # the final norm's output, which only the loss will keep
     # What the count leaves out: rotary tables, positions and token ids.
     assert expected <= found <= 1.03 * expected
