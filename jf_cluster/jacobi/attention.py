@@ -107,7 +107,7 @@ def _rows(flat: Tensor, index: Tensor) -> Tensor:
 
 def _folded(query: Tensor, key: Tensor) -> Tensor:
     """Heads that share a key-value head one below the other, so that keys and values need not be repeated."""
-    return query.reshape(1, key.shape[1], -1, query.shape[3])
+    return query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
 
 
 def _pieces(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scaling: float) -> Tensor:
@@ -238,10 +238,9 @@ def _cached(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout
     if layout.causal or heads == keys.shape[1] or width > 1:
         out = _attend(query, keys, values, layout.bias, scaling, layout.causal)
     else:
-        # Heads that share a key-value head, one below the other: the kernels are slow at a single query.
-        folded = query.reshape(count, keys.shape[1], -1, depth)
+        # The kernels are slow at a single query.
         bias = layout.folded_bias(heads // keys.shape[1])
-        out = _attend(folded, keys, values, bias, scaling).view(count, heads, width, depth)
+        out = _attend(_folded(query, keys), keys, values, bias, scaling).view(count, heads, width, depth)
     out = out.transpose(1, 2)
     if layout.pick is not None:
         out = out.flatten(0, 1).index_select(0, layout.pick)[None]
