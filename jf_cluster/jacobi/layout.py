@@ -81,6 +81,15 @@ def spread(taken: torch.Tensor, spans: Spans) -> Iterator[tuple[slice, torch.Ten
     return zip(spans, torch.split(taken, [span.stop - span.start for span in spans], dim=2), strict=True)
 
 
+def _runs(offsets: list[int]) -> Iterator[slice]:
+    """Neighbouring branches of STRETCH_TOKENS together, or a longer one alone; from where each begins, and the end."""
+    begin = 0
+    for index in range(1, len(offsets)):
+        if index == len(offsets) - 1 or offsets[index + 1] - offsets[begin] > STRETCH_TOKENS:
+            yield slice(offsets[begin], offsets[index])
+            begin = index
+
+
 @dataclass(frozen=True)
 class Forest:
     """Stems and their branches as one flat sequence: all stems first, then all branches, without padding.
@@ -153,12 +162,14 @@ class Forest:
         return kept[heads]
 
     def _cut(self, heads: int) -> Iterator[Piece]:
-        starts = [(b.stem, b.start) for b in self.branches]
-        for stem, (first, length) in enumerate(zip(self.stem_offsets.tolist(), self.stem_lengths, strict=False)):
+        """A piece for every stretch with the first run of branches that begin in it; more where the run is long."""
+        starts, offsets = [(b.stem, b.start) for b in self.branches], self.branch_offsets.tolist()
+        for stem, (first, length) in enumerate(zip(self.stem_offsets[:-1].tolist(), self.stem_lengths, strict=True)):
             for begin in range(0, length, STRETCH_TOKENS):
                 end = min(begin + STRETCH_TOKENS, length)
                 stretch, seen = slice(first + begin, first + end), slice(first, first + end)
-                runs = list(self._runs(bisect_right(starts, (stem, begin)), bisect_right(starts, (stem, end))))
+                index, after = bisect_right(starts, (stem, begin)), bisect_right(starts, (stem, end))
+                runs = list(_runs(offsets[index : after + 1]))
                 near = [runs.pop(0)] if runs and runs[0].stop - runs[0].start <= STRETCH_TOKENS else []
                 yield self._piece((stretch, *near), (seen, *near), heads)
                 for run in runs:
@@ -166,19 +177,11 @@ class Forest:
                         until = min(at + STRETCH_TOKENS, run.stop)
                         yield self._piece((slice(at, until),), (seen, slice(run.start, until)), heads)
 
-    def _runs(self, first: int, last: int) -> Iterator[slice]:
-        """Neighbouring branches that have STRETCH_TOKENS together, or one that has more."""
-        offsets, begin = self.branch_offsets.tolist(), first
-        for index in range(first, last):
-            if index > begin and offsets[index + 1] - offsets[begin] > STRETCH_TOKENS:
-                yield slice(offsets[begin], offsets[index])
-                begin = index
-        if begin < last:
-            yield slice(offsets[begin], offsets[last])
-
     def _piece(self, queries: Spans, keys: Spans, heads: int) -> Piece:
-        flat = torch.arange(self.total_tokens, device=self.device)
-        query, key = (torch.cat([flat[span] for span in spans]) for spans in (queries, keys))
+        query, key = (
+            torch.cat([torch.arange(span.start, span.stop, device=self.device) for span in spans])
+            for spans in (queries, keys)
+        )
         stem_begin, stem_end, own_begin, own_end = (r[query, None] for r in self.ranges)
         seen = visible(stem_begin, stem_end, own_begin, own_end, key)
         bias = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, -torch.inf)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sized
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,14 @@ def make_trajectory(
         accepted=np.array(accepted, np.int32),
         tails=np.concatenate(tails),
     )
+
+
+def wait_until_read(read: Sized, rows: int) -> None:
+    """Until a background thread has read so many rows, and a moment longer, in which it might read too many."""
+    deadline = time.monotonic() + 30
+    while len(read) < rows and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.02)
 
 
 def memory_folder() -> str:

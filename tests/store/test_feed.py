@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.store.conftest import make_trajectory
+from tests.store.conftest import make_trajectory, wait_until_read
 from trajectory_store import (
     CorruptShardError,
     FeedStep,
@@ -164,10 +163,7 @@ def test_reading_ahead_hides_the_reading(reader: TrajectoryReader, monkeypatch: 
     monkeypatch.setattr(TrajectoryReader, "__getitem__", row)
     with TrajectoryFeed(reader, seed=0, samples=10, prefetch_steps=2) as feed:
         for number, step in zip(range(1, 6), feed, strict=False):
-            deadline = time.monotonic() + 30
-            while len(read) < 10 * (number + 2) and time.monotonic() < deadline:
-                time.sleep(0.005)
-            time.sleep(0.02)
+            wait_until_read(read, 10 * (number + 2))
             assert len(read) == 10 * (number + 2)
             assert read[10 * (number - 1) : 10 * number] == step.rows.tolist()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.conftest import make_trajectory
+from tests.store.conftest import make_trajectory, wait_until_read
 from trajectory_store import (
     CorruptShardError,
     FollowPosition,
@@ -157,10 +157,7 @@ def test_reading_ahead_hides_the_reading(
         following = iter(follower)
         for step in range(1, 5):
             assert ids([next(following)]) == IDS[4 * (step - 1) : 4 * step]
-            deadline = time.monotonic() + 30
-            while len(read) < 4 * (step + 2) and time.monotonic() < deadline:
-                time.sleep(0.005)
-            time.sleep(0.02)
+            wait_until_read(read, 4 * (step + 2))
             assert read == IDS[: 4 * (step + 2)]
 
 
